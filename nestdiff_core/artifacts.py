@@ -1,0 +1,370 @@
+"""One mechanism for everything a stage leaves on disk: write, commit, open, verify.
+
+An artifact is a directory. It exists when `manifest.json` stands in it, and the manifest is written last:
+
+    data files, each written under a temporary name, flushed to disk, renamed
+    _parts/00003.json     one per partition: what it holds, size and sha256 of its files
+    manifest.json         what made the artifact, what is in it, sha256 of every file
+
+Two hashes have different jobs. `fingerprint` says what *should* be here: the hash of the stage's
+configuration and its inputs. `digest` says what *is* here: the hash of the data files. The next stage's
+fingerprint is computed from this stage's digest, so nothing can be read that was made from other inputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from nestdiff_core.errors import EnvironmentFault, IntegrityError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+PARTS = "_parts"
+TEMPORARY = ".tmp-"
+
+
+# --- hashes -------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(record: Any) -> str:
+    """16 hex digits that name plain JSON data: the start of the sha256 of its sorted, compact form."""
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def code_version() -> str:
+    """`git describe` of the checkout this code runs from, or the installed version. Recorded, never hashed."""
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, timeout=10
+        )
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        pass
+    from importlib import metadata
+
+    try:
+        return metadata.version("nestdiff")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+# --- durable writes -----------------------------------------------------------------------------------------------
+
+
+def fsync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fsync_tree(path: Path) -> None:
+    """Flush every file and directory below `path` (and `path`) to the disk."""
+    for folder, _, names in os.walk(path, topdown=False):
+        for name in names:
+            with open(os.path.join(folder, name), "rb") as file:
+                os.fsync(file.fileno())
+        fsync_directory(Path(folder))
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file name beside `path`; when the block ends well it is flushed and renamed to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}"
+    try:
+        with environment_faults(path):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            fsync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: Path, record: Any) -> None:
+    write_bytes(path, (json.dumps(record, indent=1, sort_keys=True, allow_nan=True) + "\n").encode())
+
+
+def read_json(path: Path, *, stage: str | None = None) -> Any:
+    """Parsed JSON of `path`; a damaged file is an IntegrityError that names it."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise IntegrityError(
+            f"{path.name} is missing", stage=stage, path=path, fix="Materialise its stage again."
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise IntegrityError(
+            f"{path.name} is damaged ({error})",
+            stage=stage,
+            path=path,
+            fix=f"Remove {path.parent} and materialise its stage again.",
+        ) from None
+
+
+@contextlib.contextmanager
+def environment_faults(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into an EnvironmentFault that says what to do."""
+    cures = {
+        errno.ENOSPC: "Free some disk space and run the same command again; committed work is kept.",
+        errno.EDQUOT: "Raise the quota or free some space and run the same command again; committed work is kept.",
+        errno.EFBIG: "Raise the file size limit (ulimit -f) and run the same command again; committed work is kept.",
+        errno.EROFS: "Choose a writable NESTDIFF_HOME.",
+        errno.EACCES: "Give this user write permission there, or choose another NESTDIFF_HOME.",
+        errno.EPERM: "Give this user write permission there, or choose another NESTDIFF_HOME.",
+        errno.EIO: "Check the disk, then run the same command again.",
+    }
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, EnvironmentFault) or error.errno not in cures:
+            raise
+        free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+        raise EnvironmentFault(
+            f"Writing {path.name} failed ({error.strerror})",
+            path=path,
+            found=f"{free / 2**20:.0f} MiB free",
+            fix=cures[error.errno],
+        ) from error
+
+
+# --- one writer at a time -----------------------------------------------------------------------------------------
+
+
+class DirectoryLock:
+    """Exclusive right to write below a directory, held while the process lives (flock on `.lock`).
+
+    A second writer is refused at once with the holder's name; a killed holder frees it by dying.
+    Works on a local file system; network file systems need one that supports flock.
+    """
+
+    def __init__(self, directory: Path, *, stage: str | None = None, level: int | None = None) -> None:
+        self.path, self.stage, self.level = directory / ".lock", stage, level
+        self._handle: int | None = None
+
+    def __enter__(self) -> DirectoryLock:
+        with environment_faults(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(handle, 200).decode(errors="replace").strip()
+            os.close(handle)
+            raise EnvironmentFault(
+                "Another process is writing here",
+                stage=self.stage,
+                level=self.level,
+                path=self.path.parent,
+                found=f"locked by {holder}",
+                fix="Wait for it to end, or stop it.",
+            ) from None
+        os.ftruncate(handle, 0)
+        os.write(handle, f"pid {os.getpid()} on {socket.gethostname()}".encode())
+        self._handle = handle
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handle is not None:
+            os.close(self._handle)  # closing frees the lock
+            self._handle = None
+
+
+# --- artifacts ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A sealed artifact: its directory and what its manifest says."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def stage(self) -> str:
+        return self.manifest["stage"]
+
+    @property
+    def level(self) -> int | None:
+        return self.manifest["level"]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest["fingerprint"]
+
+    @property
+    def digest(self) -> str:
+        return self.manifest["digest"]
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Counts and figures that the stage left for readers."""
+        return self.manifest["info"]
+
+    def verify(self) -> int:
+        """Compare every file with the manifest: the bytes read, or an IntegrityError at the first difference."""
+        total = 0
+        for name, record in self.manifest["files"].items():
+            total += check_file(self.path / name, record, stage=self.stage, level=self.level)
+        return total
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def check_file(path: Path, record: dict[str, Any], *, stage: str | None = None, level: int | None = None) -> int:
+    """Raise IntegrityError unless `path` has the size and sha256 of `record`; returns the size."""
+    fix = f"Remove {path} and materialise the stage again: only what is missing is made anew."
+    if not path.is_file():
+        raise IntegrityError(f"{path.name} is missing", stage=stage, level=level, path=path, fix=fix)
+    if path.stat().st_size != record["size"]:
+        raise IntegrityError(
+            f"{path.name} has another size",
+            stage=stage,
+            level=level,
+            path=path,
+            expected=record["size"],
+            found=path.stat().st_size,
+            fix=fix,
+        )
+    found = sha256_file(path)
+    if found != record["sha256"]:
+        raise IntegrityError(
+            f"{path.name} has another content",
+            stage=stage,
+            level=level,
+            path=path,
+            expected=record["sha256"],
+            found=found,
+            fix=fix,
+        )
+    return record["size"]
+
+
+def is_sealed(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+def open_artifact(path: Path, *, stage: str) -> Artifact:
+    """The sealed artifact at `path`, or an IntegrityError."""
+    manifest = read_json(path / MANIFEST, stage=stage)
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise IntegrityError(
+            "The artifact was written by another version of nestdiff",
+            stage=stage,
+            path=path,
+            expected=SCHEMA_VERSION,
+            found=manifest.get("schema_version"),
+            fix="Materialise its stage again.",
+        )
+    return Artifact(path, manifest)
+
+
+class ArtifactWriter:
+    """Collects an artifact's files and seals it. Use through `writing`."""
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self.path, self.header = path, header
+
+    def part(self, name: str) -> dict[str, Any] | None:
+        """The committed record of partition `name`, or None; a part whose files changed does not count."""
+        path = self.path / PARTS / f"{name}.json"
+        if not path.is_file():
+            return None
+        record = read_json(path, stage=self.header["stage"])
+        try:
+            for file, expected in record["files"].items():
+                check_file(self.path / file, expected, stage=self.header["stage"])
+        except IntegrityError:
+            path.unlink()
+            return None
+        return record
+
+    def commit_part(self, name: str, files: Iterable[Path], **info: Any) -> dict[str, Any]:
+        """Record that partition `name` is whole. Its files must be on disk already; they are flushed here."""
+        records = {}
+        for file in files:
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+            fsync_directory(file.parent)
+            records[file.relative_to(self.path).as_posix()] = file_record(file)
+        record = {"files": records, **info}
+        write_json(self.path / PARTS / f"{name}.json", record)
+        return record
+
+    def seal(self, *, beside: tuple[str, ...] = (), **info: Any) -> Artifact:
+        """Hash what was written and write the manifest: from here on the artifact exists.
+
+        `beside` names folders that are kept there but are not part of the artifact (a denoiser's checkpoints).
+        """
+        with environment_faults(self.path):
+            self._remove_temporaries()
+            fsync_tree(self.path)
+        files = {}
+        for path in sorted(p for p in self.path.rglob("*") if p.is_file()):
+            relative = path.relative_to(self.path).as_posix()
+            if relative.split("/")[0] not in (PARTS, ".lock", MANIFEST, *beside):
+                files[relative] = file_record(path)
+        digest = fingerprint({name: record["sha256"] for name, record in files.items()})
+        manifest = {**self.header, "digest": digest, "code_version": code_version(), "files": files, "info": info}
+        write_json(self.path / MANIFEST, manifest)
+        return Artifact(self.path, manifest)
+
+    def _remove_temporaries(self) -> None:
+        for path in list(self.path.rglob(f"{TEMPORARY}*")) + list(self.path.rglob("*.partial")):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path, header: dict[str, Any], *, keep_parts: bool = False) -> Iterator[ArtifactWriter]:
+    """Write an artifact at `path` under its lock. Without `keep_parts` an unsealed attempt starts from nothing.
+
+    header: stage, level, fingerprint, config, inputs. A sealed artifact is unsealed first (the caller decided
+    that it must be made again).
+    """
+    with DirectoryLock(path, stage=header["stage"], level=header["level"]):
+        (path / MANIFEST).unlink(missing_ok=True)
+        writer = ArtifactWriter(path, {"schema_version": SCHEMA_VERSION, **header})
+        if keep_parts:
+            writer._remove_temporaries()
+        else:
+            for child in path.iterdir():
+                if child.name != ".lock":
+                    shutil.rmtree(child) if child.is_dir() else child.unlink()
+        with environment_faults(path):
+            yield writer

@@ -1,0 +1,430 @@
+"""Every knob of an experiment: frozen dataclasses that validate themselves.
+
+An `ExperimentConfig` is what a recipe returns and what a YAML file changes (recipes.py), and what is recorded beside
+every result (config_io.py turns it into plain data and back). Which part of it a stage reads is said in experiment.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nestdiff_core.errors import ConfigError
+
+
+def knob(default: Any, doc: str) -> Any:
+    """A dataclass field with its one-sentence documentation (shown in the launchpad and by `inspect`)."""
+    return field(default=default, metadata={"doc": doc})
+
+
+def _require(ok: bool, name: str, expected: str, found: Any, level: int | None = None) -> None:
+    if not ok:
+        what = f"{name} of level {level} cannot be used" if level is not None else f"{name} cannot be used"
+        raise ConfigError(
+            what, key=name, level=level, expected=expected, found=found, fix="Change it in the experiment."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesConfig:
+    """Where the images come from and how each becomes a square of `resolution` pixels."""
+
+    source: Literal["digits", "toy", "folder", "webdataset"] = knob(
+        "folder",
+        "digits: scikit-learn's 8x8 digits; toy: 256 of them; folder: image files below `path`; "
+        "webdataset: tar shards at `path` (a folder, or a pattern such as data/train-*.tar).",
+    )
+    path: str = knob("", "Folder or shard pattern, for the sources folder and webdataset; ~ is expanded.")
+    resolution: int = knob(64, "Side of the square image in pixels: short side resized (bicubic), centre cropped.")
+    channels: Literal[1, 3] = knob(3, "3: RGB; 1: grey-scale.")
+    labels: bool = knob(
+        False,
+        "Whether every image must have a class label (folder: the name of its sub-folder; webdataset: a .cls member).",
+    )
+    held_out_fraction: float = knob(0.1, "Share of the images kept for validation where the source names no split.")
+    split_seed: int = knob(0, "Seed of that split.")
+    images_per_shard: int = knob(1024, "Images in one WebDataset shard, which is also one Dagster partition.")
+    max_bad_samples: int = knob(
+        0, "How many unreadable or unlabelled images may be set aside (rejects.jsonl lists them)."
+    )
+
+    def __post_init__(self) -> None:
+        where = "images"
+        _require(self.resolution >= 4, f"{where}.resolution", ">= 4", self.resolution)
+        _require(
+            0.0 < self.held_out_fraction < 1.0, f"{where}.held_out_fraction", "between 0 and 1", self.held_out_fraction
+        )
+        _require(self.images_per_shard >= 1, f"{where}.images_per_shard", ">= 1", self.images_per_shard)
+        _require(self.max_bad_samples >= 0, f"{where}.max_bad_samples", ">= 0", self.max_bad_samples)
+        if self.source in ("folder", "webdataset"):
+            _require(bool(self.path), f"{where}.path", f"a path, as images.source is {self.source!r}", self.path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """Shape of a vision transformer that is trained here (timm's VisionTransformer)."""
+
+    patch_size: int = knob(16, "Side of a patch in pixels; the feature map has input_size / patch_size tokens a side.")
+    width: int = knob(384, "Token width, which is the number of feature channels.")
+    depth: int = knob(12, "Number of blocks.")
+    num_heads: int = knob(6, "Attention heads.")
+
+    def __post_init__(self) -> None:
+        _require(
+            self.width % self.num_heads == 0,
+            "encoder.vit.width",
+            f"a multiple of num_heads = {self.num_heads}",
+            self.width,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoCoConfig:
+    """MoCo v3 pre-training on the experiment's own images (arXiv 2104.02057)."""
+
+    num_steps: int = knob(10_000, "Optimiser steps; 0 leaves the network untrained.")
+    batch_size: int = knob(256, "Images per step; each gives two views.")
+    lr: float = knob(6e-4, "Peak learning rate (AdamW, cosine decay).")
+    weight_decay: float = knob(0.1, "AdamW weight decay.")
+    warmup_steps: int = knob(500, "Linear warm-up steps.")
+    momentum: float = knob(0.99, "Momentum of the key encoder at the start; rises to 1 on a cosine.")
+    temperature: float = knob(0.2, "Softmax temperature of InfoNCE.")
+    projection_dim: int = knob(256, "Width of the projected vectors that are contrasted.")
+    hidden_dim: int = knob(4096, "Hidden width of projector and predictor.")
+    min_crop_scale: float = knob(0.2, "Smallest share of the image's area in a random crop.")
+    max_rotation_degrees: float = knob(0.0, "Largest rotation of a view.")
+    horizontal_flip: bool = knob(True, "Whether views are mirrored half of the time; off for digits and text.")
+    jitter: float = knob(0.4, "Strength of brightness and contrast changes.")
+    noise: float = knob(0.0, "Standard deviation of pixel noise added to a view (images are in [0, 1]).")
+    seed: int = knob(0, "Seed of initialisation, sampling and augmentation.")
+
+    def __post_init__(self) -> None:
+        _require(self.num_steps >= 0, "encoder.moco.num_steps", ">= 0", self.num_steps)
+        _require(
+            self.batch_size >= 2, "encoder.moco.batch_size", ">= 2, since InfoNCE needs negatives", self.batch_size
+        )
+        _require(0.0 < self.min_crop_scale <= 1.0, "encoder.moco.min_crop_scale", "in (0, 1]", self.min_crop_scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """The frozen visual encoder whose features the hierarchy is cut from."""
+
+    kind: Literal["moco", "timm"] = knob(
+        "timm", "moco: a ViT pre-trained here on the images; timm: any timm vision transformer."
+    )
+    name: str = knob("vit_small_patch16_224", "timm model name, for kind timm.")
+    weights: str = knob(
+        "",
+        "For kind timm: a local .safetensors or .pth file, `hub` for timm's own download, "
+        "or `random` for an untrained network.",
+    )
+    input_size: int = knob(224, "Side in pixels to which images are resized (bicubic) for the encoder.")
+    vit: ViTConfig = knob(ViTConfig(), "Shape of the network, for kind moco.")
+    moco: MoCoConfig = knob(MoCoConfig(), "Pre-training, for kind moco.")
+
+    def __post_init__(self) -> None:
+        if self.kind == "moco":
+            _require(
+                self.input_size % self.vit.patch_size == 0,
+                "encoder.input_size",
+                f"a multiple of encoder.vit.patch_size = {self.vit.patch_size}",
+                self.input_size,
+            )
+        else:
+            _require(bool(self.weights), "encoder.weights", "a file, `hub` or `random`", self.weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """How encoder outputs are computed and stored."""
+
+    batch_size: int = knob(
+        256, "Images per encoder pass; part of the fingerprint, since another batch gives other last bits."
+    )
+    chunk_rows: int = knob(32, "Images per zarr chunk: what one training read touches.")
+    dtype: Literal["float16", "float32"] = knob(
+        "float16", "Stored precision; an overflow is refused by key and channel."
+    )
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "features.batch_size", ">= 1", self.batch_size)
+        _require(self.chunk_rows >= 1, "features.chunk_rows", ">= 1", self.chunk_rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """What space z_1 lives in."""
+
+    kind: Literal["identity"] = knob("identity", "identity: z_1 is the image itself, scaled to [-1, 1].")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UViTConfig:
+    """Shape of one denoiser (U-ViT, arXiv 2209.12152). The grid and channels come from its level."""
+
+    width: int = knob(512, "Token width.")
+    depth: int = knob(12, "In-blocks plus out-blocks, an even number; one middle block comes on top.")
+    num_heads: int = knob(8, "Attention heads.")
+    mlp_ratio: float = knob(4.0, "Hidden width of a block's MLP over token width.")
+    final_conv: bool = knob(True, "A 3x3 convolution at the end, as in all published sizes but H.")
+    position_init: Literal["learned", "sincos"] = knob(
+        "learned",
+        "Start of the position embedding: learned from N(0, .02), as published, or from 2-d sines and cosines.",
+    )
+
+    def __post_init__(self) -> None:
+        _require(self.depth >= 2 and self.depth % 2 == 0, "levels.model.depth", "an even number >= 2", self.depth)
+        _require(
+            self.width % self.num_heads == 0,
+            "levels.model.width",
+            f"a multiple of num_heads = {self.num_heads}",
+            self.width,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How one denoiser is trained (U-ViT's AdamW recipe by default)."""
+
+    num_steps: int = knob(500_000, "Optimiser steps.")
+    batch_size: int = knob(256, "Images per step, over all processes.")
+    lr: float = knob(2e-4, "Learning rate after warm-up.")
+    lr_decay: Literal["constant", "cosine"] = knob(
+        "constant", "constant, as published, or cosine down to zero at num_steps."
+    )
+    weight_decay: float = knob(0.03, "AdamW weight decay.")
+    beta1: float = knob(0.9, "AdamW beta 1.")
+    beta2: float = knob(0.9, "AdamW beta 2.")
+    warmup_steps: int = knob(5_000, "Linear warm-up steps.")
+    ema_decay: float = knob(0.9999, "Decay of the exponential moving average of the weights, which is what samples.")
+    grad_clip: float = knob(0.0, "Largest gradient norm; 0 turns clipping off, as published.")
+    condition_drop: float = knob(0.1, "Chance that a sample is trained without any of its conditions (for guidance).")
+    seed: int = knob(0, "Seed of initialisation, data order, noise and dropping.")
+    log_every: int = knob(100, "Steps between log lines.")
+    checkpoint_every: int = knob(5_000, "Steps between checkpoints.")
+    keep_last: int = knob(2, "Checkpoints kept.")
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "log_every", "checkpoint_every", "keep_last"):
+            _require(getattr(self, name) >= 1, f"levels.train.{name}", ">= 1", getattr(self, name))
+        _require(self.seed >= 0, "levels.train.seed", ">= 0", self.seed)
+        for name in ("ema_decay", "condition_drop"):
+            _require(0.0 <= getattr(self, name) <= 1.0, f"levels.train.{name}", "in [0, 1]", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelConfig:
+    """One level of the hierarchy: the latent z_l and the denoiser that generates it."""
+
+    level: int = knob(1, "1 is the image, the largest number the most abstract latent.")
+    grid: int = knob(0, "Side of z_l's square grid; level 1 may leave it 0, the autoencoder says.")
+    channels: int = knob(0, "Channels of z_l: SVD components kept; level 1 may leave it 0.")
+    source: Literal["pooled"] = knob("pooled", "pooled: average-pool the feature map. (Level 1 has the autoencoder.)")
+    patch_size: int = knob(1, "Side of the patch of z_l that becomes one token.")
+    condition_noise: float = knob(
+        0.0, "sigma_l: standard deviation of the noise on z_l where it conditions a lower level."
+    )
+    guidance: float = knob(0.0, "w: eps = cond + w (cond - null) while sampling this level; 0 is no guidance.")
+    model: UViTConfig = knob(UViTConfig(), "Shape of the denoiser.")
+    train: TrainConfig = knob(TrainConfig(), "Training of the denoiser.")
+
+    def __post_init__(self) -> None:
+        _require(self.level >= 1, "levels.level", ">= 1", self.level)
+        _require(self.patch_size >= 1, "levels.patch_size", ">= 1", self.patch_size, level=self.level)
+        _require(self.condition_noise >= 0, "levels.condition_noise", ">= 0", self.condition_noise, level=self.level)
+        if self.level > 1:
+            _require(self.grid >= 1, "levels.grid", ">= 1", self.grid, level=self.level)
+            _require(self.channels >= 1, "levels.channels", ">= 1", self.channels, level=self.level)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditioningConfig:
+    """What a denoiser is told."""
+
+    levels: Literal["all_above", "markov"] = knob(
+        "all_above", "all_above: every z_m with m > l (cvpr); markov: z_{l+1} only (iclr)."
+    )
+    labels: Literal["none", "class"] = knob("none", "none: unconditional; class: the class label is an extra token.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """The forward process and what the networks predict."""
+
+    schedule: Literal["discrete", "vp"] = knob(
+        "discrete", "discrete: Stable Diffusion's 1000 betas (the paper); vp: the continuous variance-preserving SDE."
+    )
+    prediction: Literal["eps", "v", "x"] = knob(
+        "eps", "What the network outputs and the loss compares: eps (the paper), v or x."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the cascade is sampled."""
+
+    sampler: Literal["dpm_solver_pp", "ddim"] = knob(
+        "dpm_solver_pp", "dpm_solver_pp: DPM-Solver++ 2M; ddim: deterministic DDIM."
+    )
+    num_evaluations: int = knob(50, "Network evaluations per level (guidance doubles the batch, not this number).")
+    num_images: int = knob(1_000, "Images that the `samples` stage generates.")
+    batch_size: int = knob(250, "Images generated together; changes an image by rounding only.")
+    noise_gamma: float = knob(
+        0.0, "gamma: while sampling, a condition's noise variance is (t/T)^gamma sigma_m^2; inf is none."
+    )
+    seed: int = knob(0, "Seed; image i depends on (seed, i) only.")
+
+    def __post_init__(self) -> None:
+        for name in ("num_evaluations", "num_images", "batch_size"):
+            _require(getattr(self, name) >= 1, f"sampling.{name}", ">= 1", getattr(self, name))
+        _require(self.noise_gamma >= 0, "sampling.noise_gamma", ">= 0", self.noise_gamma)
+        _require(self.seed >= 0, "sampling.seed", ">= 0", self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Which numbers are computed on the samples."""
+
+    extractors: tuple[str, ...] = knob(
+        ("encoder",), "Feature spaces of the Frechet distance: encoder (this experiment's own), pixels, inception."
+    )
+    inception_weights: str = knob("", "For inception: a local .pth, or `download` to let torch-fidelity fetch it.")
+    num_neighbours: int = knob(3, "k of precision and recall.")
+    probe: bool = knob(False, "Judge the samples with a classifier trained on the real labelled images.")
+
+    def __post_init__(self) -> None:
+        known = ("encoder", "pixels", "inception")
+        for name in self.extractors:
+            _require(name in known, "evaluation.extractors", f"each one of {known}", name)
+        if "inception" in self.extractors:
+            _require(
+                bool(self.inception_weights),
+                "evaluation.inception_weights",
+                "a file or `download`",
+                self.inception_weights,
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """How work is run. Nothing here changes a result or enters a fingerprint; the launchpad may edit it."""
+
+    device: str = knob("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
+    processes: int = knob(1, "Training processes, one per GPU (torchrun).")
+
+    def __post_init__(self) -> None:
+        _require(self.processes >= 1, "runtime.processes", ">= 1", self.processes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """One experiment, complete: everything that decides its numbers."""
+
+    name: str = knob("unnamed", "Name of the experiment: prefix of its Dagster assets.")
+    images: ImagesConfig = knob(ImagesConfig(source="digits"), "The images.")
+    encoder: EncoderConfig = knob(EncoderConfig(weights="random"), "The frozen encoder.")
+    features: FeaturesConfig = knob(FeaturesConfig(), "The feature and latent stores.")
+    autoencoder: AutoencoderConfig = knob(AutoencoderConfig(), "The space of z_1.")
+    levels: tuple[LevelConfig, ...] = knob((LevelConfig(),), "Levels 1..L in order.")
+    conditioning: ConditioningConfig = knob(ConditioningConfig(), "What denoisers are told.")
+    diffusion: DiffusionConfig = knob(DiffusionConfig(), "The diffusion process.")
+    sampling: SamplingConfig = knob(SamplingConfig(), "The cascade.")
+    evaluation: EvaluationConfig = knob(EvaluationConfig(), "The numbers.")
+    runtime: RuntimeConfig = knob(RuntimeConfig(), "How work is run; in no fingerprint.")
+
+    def __post_init__(self) -> None:
+        _require(
+            self.name.replace("_", "").isalnum() and self.name.isascii(),
+            "name",
+            "letters, digits and underscores (it becomes a Dagster asset prefix)",
+            self.name,
+        )
+        numbers = [level.level for level in self.levels]
+        _require(
+            numbers == list(range(1, len(numbers) + 1)) and bool(numbers),
+            "levels",
+            "levels numbered 1, 2, ..., L in this order",
+            numbers,
+        )
+        for level in self.levels:
+            self._check_level(level)
+        if self.conditioning.labels == "class":
+            _require(
+                self.images.labels, "conditioning.labels", "images.labels: true when it is `class`", self.images.labels
+            )
+        if self.evaluation.probe:
+            _require(
+                self.images.labels, "evaluation.probe", "images.labels: true when the probe is on", self.images.labels
+            )
+
+    def _check_level(self, level: LevelConfig) -> None:
+        channels, grid = self.latent_shape(level.level)[:2]
+        for given, right, name in ((level.grid, grid, "grid"), (level.channels, channels, "channels")):
+            _require(
+                level.level > 1 or given in (0, right),
+                f"levels.{name}",
+                f"{right}, which the autoencoder gives",
+                given,
+                level=1,
+            )
+        _require(
+            grid % level.patch_size == 0,
+            "levels.patch_size",
+            f"a divisor of the grid {grid}",
+            level.patch_size,
+            level=level.level,
+        )
+        if level.level == 1:
+            return
+        if level.level > 2:
+            below = self.levels[level.level - 2]
+            _require(
+                grid <= below.grid,
+                "levels.grid",
+                f"at most {below.grid}, the grid of level {below.level} below it",
+                grid,
+                level=level.level,
+            )
+        if self.encoder.kind == "moco":
+            side = self.encoder.input_size // self.encoder.vit.patch_size
+            _require(
+                grid <= side,
+                "levels.grid",
+                f"at most {side}, the side of the encoder's feature map",
+                grid,
+                level=level.level,
+            )
+            _require(
+                level.channels <= self.encoder.vit.width,
+                "levels.channels",
+                f"at most {self.encoder.vit.width}, the channels of the encoder's feature map",
+                level.channels,
+                level=level.level,
+            )
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.levels)
+
+    def level(self, number: int) -> LevelConfig:
+        """The configuration of level `number` (1 is the image)."""
+        _require(
+            1 <= number <= self.num_levels,
+            "level",
+            f"1 to {self.num_levels}, as {self.name!r} has that many levels",
+            number,
+        )
+        return self.levels[number - 1]
+
+    def latent_shape(self, number: int) -> tuple[int, int, int]:
+        """(channels, height, width) of z_l."""
+        if number == 1:
+            return self.images.channels, self.images.resolution, self.images.resolution
+        level = self.level(number)
+        return level.channels, level.grid, level.grid
+
+    def levels_above(self, number: int) -> tuple[int, ...]:
+        """Numbers of the levels that condition level `number`, from the top down."""
+        top = self.num_levels if self.conditioning.levels == "all_above" else min(number + 1, self.num_levels)
+        return tuple(range(top, number, -1))

@@ -1,0 +1,50 @@
+"""Which device a command runs on, and the processes of a torchrun group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from nestdiff_core.errors import ConfigError, EnvironmentFault
+
+
+def choose_device(name: str) -> str:
+    """`auto` becomes cuda (this process's own, under torchrun) or cpu; anything else is checked."""
+    if name == "auto":
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(
+            "There is no such device",
+            key="device",
+            expected="auto, cpu, cuda or cuda:N",
+            found=name,
+            fix="Change --device.",
+        ) from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise EnvironmentFault(
+            "The GPU is not there",
+            key="device",
+            expected=name,
+            found=f"{torch.cuda.device_count()} usable GPUs",
+            fix="Choose --device cpu, or check nvidia-smi and the CUDA build of torch.",
+        )
+    return name
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[int]:
+    """Join the torchrun group this process belongs to, if any; yields the rank."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield 0
+        return
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,238 @@
+"""Which artifact belongs to which part of an experiment, and where it lies.
+
+Three questions are answered here and nowhere else, for every stage (and level):
+
+    config    which part of the configuration does the stage read?
+    inputs    which other artifacts does it read?
+    address   where under the artifact root is its result?   root / stage / fingerprint(config, inputs' digests)
+
+so two experiments that agree about images and encoder share one feature store, and a changed sigma_3 gives
+new denoisers below level 3 and leaves everything else where it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nestdiff_core.artifacts import SCHEMA_VERSION, Artifact, fingerprint, is_sealed, open_artifact, read_json
+from nestdiff_core.config import ExperimentConfig
+from nestdiff_core.config_io import to_dict
+from nestdiff_core.errors import IntegrityError
+
+
+class Ref(NamedTuple):
+    """A stage of the pipeline, with the level's number where it has one key per level."""
+
+    stage: str
+    level: int | None = None
+
+    def __str__(self) -> str:
+        return self.stage if self.level is None else f"{self.stage} of level {self.level}"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage reads: the part of the configuration, and the artifacts (see module docstring)."""
+
+    config: Callable[[ExperimentConfig, int], dict[str, Any]]
+    inputs: Callable[[ExperimentConfig, int], tuple[Ref, ...]]
+    job: str  # the job that makes it; {level} is filled in
+    grows: bool = False  # new image shards extend it: addressed by the fingerprint of the images, not their digest
+
+
+def _denoiser_config(c: ExperimentConfig, level: int) -> dict[str, Any]:
+    """Own shape and training, and what the conditions are: listed from the top, not keyed by number, so that a
+    level inserted below does not change the denoisers above it."""
+    own = to_dict(c.level(level))
+    conditions = [
+        {"patch_size": c.level(m).patch_size, "condition_noise": c.level(m).condition_noise}
+        for m in c.levels_above(level)
+    ]
+    return {
+        "patch_size": own["patch_size"],
+        "model": own["model"],
+        "train": {k: v for k, v in own["train"].items() if k not in ("log_every", "checkpoint_every", "keep_last")},
+        "conditions": conditions,
+        "labels": c.conditioning.labels,
+        "diffusion": to_dict(c.diffusion),
+    }
+
+
+def _latents_config(c: ExperimentConfig, level: int) -> dict[str, Any]:
+    store = {"chunk_rows": c.features.chunk_rows, "dtype": c.features.dtype}
+    if level == 1:
+        return {"autoencoder": to_dict(c.autoencoder), **store}
+    return {"grid": c.level(level).grid, **store}
+
+
+def _encoder_config(c: ExperimentConfig, _: int) -> dict[str, Any]:
+    plain = to_dict(c.encoder)
+    unused = ("name", "weights") if c.encoder.kind == "moco" else ("vit", "moco")
+    return {k: v for k, v in plain.items() if k not in unused}
+
+
+STAGES: dict[str, Stage] = {
+    "images": Stage(lambda c, _: to_dict(c.images), lambda c, _: (), "build_latents"),
+    "encoder": Stage(
+        _encoder_config, lambda c, _: (Ref("images"),) if c.encoder.kind == "moco" else (), "build_latents"
+    ),
+    "features": Stage(
+        lambda c, _: to_dict(c.features), lambda c, _: (Ref("images"), Ref("encoder")), "build_latents", grows=True
+    ),
+    "moments": Stage(
+        lambda c, level: {"source": c.level(level).source, "grid": c.level(level).grid},
+        lambda c, _: (Ref("images"), Ref("features")),
+        "build_latents",
+    ),
+    "svd_basis": Stage(
+        lambda c, level: {"channels": c.level(level).channels},
+        lambda c, level: (Ref("moments", level),),
+        "build_latents",
+    ),
+    "latents": Stage(
+        _latents_config,
+        lambda c, level: (Ref("images"),) if level == 1 else (Ref("features"), Ref("svd_basis", level)),
+        "build_latents",
+    ),
+    "denoiser": Stage(
+        _denoiser_config,
+        lambda c, level: (Ref("images"), *(Ref("latents", m) for m in (*c.levels_above(level), level))),
+        "train_level_{level}",
+    ),
+    "samples": Stage(
+        lambda c, _: {
+            "sampling": to_dict(c.sampling),
+            "guidance": [level.guidance for level in c.levels],
+        },
+        lambda c, _: tuple(Ref("denoiser", level.level) for level in c.levels),
+        "evaluate",
+    ),
+    "evaluation": Stage(
+        lambda c, _: to_dict(c.evaluation), lambda c, _: (Ref("images"), Ref("encoder"), Ref("samples")), "evaluate"
+    ),
+}
+
+PER_LEVEL = ("moments", "svd_basis", "latents", "denoiser")
+
+
+def home() -> Path:
+    """The artifact root: NESTDIFF_HOME, else `artifacts` in the working directory."""
+    return Path(os.environ.get("NESTDIFF_HOME") or "artifacts").expanduser().absolute()
+
+
+class Experiment:
+    """An experiment's configuration joined with the artifact root: resolves every stage's artifact."""
+
+    def __init__(self, config: ExperimentConfig, root: Path | None = None) -> None:
+        self.config = config
+        self.root = root if root is not None else home()
+
+    def refs(self) -> list[Ref]:
+        """Every artifact of this experiment, in the order in which they are made."""
+        refs = []
+        for stage in STAGES:
+            if stage in PER_LEVEL:
+                first = 2 if stage in ("moments", "svd_basis") else 1
+                refs += [Ref(stage, level) for level in range(first, self.config.num_levels + 1)]
+            else:
+                refs.append(Ref(stage))
+        return refs
+
+    def stage_config(self, ref: Ref) -> dict[str, Any]:
+        """The part of the configuration that decides the artifact, as plain JSON."""
+        return STAGES[ref.stage].config(self.config, ref.level or 0)
+
+    def inputs(self, ref: Ref) -> tuple[Ref, ...]:
+        return STAGES[ref.stage].inputs(self.config, ref.level or 0)
+
+    def config_hash(self, ref: Ref) -> str:
+        """Hash of everything in the configuration that the artifact depends on, ancestors included.
+
+        Known before anything has run; Dagster compares it to tell what went stale (design decision 3).
+        """
+        return fingerprint([ref.stage, self.stage_config(ref), [self.config_hash(i) for i in self.inputs(ref)]])
+
+    def header(self, ref: Ref) -> dict[str, Any]:
+        """What the artifact's manifest begins with: stage, level, fingerprint, config, inputs.
+
+        Raises IntegrityError when an input has not been made.
+        """
+        stage, config = STAGES[ref.stage], self.stage_config(ref)
+        inputs = []
+        for i in self.inputs(ref):
+            artifact = self.artifact(i)
+            identity = artifact.fingerprint if stage.grows and i.stage == "images" else artifact.digest
+            inputs.append({"stage": i.stage, "identity": identity})
+        name = fingerprint({"schema_version": SCHEMA_VERSION, "stage": ref.stage, "config": config, "inputs": inputs})
+        return {
+            "stage": ref.stage,
+            "level": ref.level,
+            "fingerprint": name,
+            "config": config,
+            "inputs": inputs,
+            "experiment": self.config.name,
+        }
+
+    def path(self, ref: Ref) -> Path:
+        """Where the artifact lies, made or not; raises IntegrityError when an input has not been made."""
+        return self.root / ref.stage / self.header(ref)["fingerprint"]
+
+    def find(self, ref: Ref) -> Artifact | None:
+        """The sealed artifact, or None when it (or something that it needs) has not been made."""
+        try:
+            path = self.path(ref)
+        except IntegrityError:
+            return None
+        return open_artifact(path, stage=ref.stage) if is_sealed(path) else None
+
+    def artifact(self, ref: Ref) -> Artifact:
+        """The sealed artifact; else an IntegrityError: what is missing, what differs from the nearest one, the cure."""
+        path = self.path(ref)
+        if is_sealed(path):
+            return open_artifact(path, stage=ref.stage)
+        job = STAGES[ref.stage].job.format(level=ref.level)
+        expected, found = self._nearest(ref, path)
+        raise IntegrityError(
+            f"{ref} of experiment {self.config.name!r} has not been made with this configuration",
+            stage=ref.stage,
+            level=ref.level,
+            path=path,
+            expected=expected,
+            found=found,
+            fix=f"Run: dagster job execute -m pipelines.definitions -j {job}",
+        )
+
+    def _nearest(self, ref: Ref, path: Path) -> tuple[Any, Any]:
+        """The settings in which the most similar artifact of this stage differs: (expected, found), or (None, None)."""
+        wanted, best = self.header(ref), None
+        for manifest in sorted(path.parent.glob("*/manifest.json")):
+            other = read_json(manifest, stage=ref.stage)
+            if other["experiment"] != self.config.name or other["level"] != ref.level:
+                continue
+            differing = _differences(
+                {k: wanted[k] for k in ("config", "inputs")}, {k: other[k] for k in ("config", "inputs")}
+            )
+            if best is None or len(differing) < len(best):
+                best = differing
+        if not best:
+            return None, None
+        return {k: v[0] for k, v in best.items()}, {k: v[1] for k, v in best.items()}
+
+
+def _differences(a: Any, b: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
+    """Leaves in which two pieces of plain data differ, by dotted path."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        found = {}
+        for key in sorted(set(a) | set(b)):
+            found |= _differences(a.get(key), b.get(key), f"{where}.{key}" if where else key)
+        return found
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        found = {}
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            found |= _differences(x, y, f"{where}[{index}]")
+        return found
+    return {} if a == b else {where: (a, b)}

@@ -1,0 +1,67 @@
+"""How long work tells that it is moving: one callable, whoever listens.
+
+    progress(done, total, what, **numbers)        # progress(300, 1500, "level 2", loss=0.41)
+
+Core functions take `progress: Progress | None = None` and call it as often as they like; a listener decides
+how often to show it. A terminal gets a tqdm bar, a Dagster run a line in its log now and then.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+from tqdm import tqdm
+
+
+@runtime_checkable
+class Progress(Protocol):
+    def __call__(self, done: int, total: int, what: str, **numbers: float) -> None: ...
+
+
+def silent(done: int, total: int, what: str, **numbers: float) -> None:
+    """The listener that shows nothing."""
+
+
+class TerminalProgress:
+    """A tqdm bar on stderr, a new one whenever `what` changes."""
+
+    def __init__(self) -> None:
+        self._what, self._bar = "", None
+
+    def __call__(self, done: int, total: int, what: str, **numbers: float) -> None:
+        if self._bar is None or what != self._what:
+            self.close()
+            self._what, self._bar = what, tqdm(total=total, desc=what, file=sys.stderr, dynamic_ncols=True)
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+        if numbers:
+            self._bar.set_postfix({k: f"{v:.4g}" for k, v in numbers.items()}, refresh=False)
+        if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class LogProgress:
+    """A line through `log` at most every `interval_seconds`, and at the end of each piece of work."""
+
+    def __init__(self, log: Callable[[str], object], interval_seconds: float = 10.0) -> None:
+        self.log, self.interval_seconds = log, interval_seconds
+        self._shown, self._what = time.monotonic(), ""
+
+    def __call__(self, done: int, total: int, what: str, **numbers: float) -> None:
+        now = time.monotonic()
+        if done < total and what == self._what and now - self._shown < self.interval_seconds:
+            return
+        if what != self._what and done < total:  # a new piece of work starts quietly
+            self._what, self._shown = what, now
+            return
+        self._what, self._shown = what, now
+        figures = "".join(f", {k} {v:.4g}" for k, v in numbers.items())
+        self.log(f"{what}: {done:,} of {total:,}{figures}")

@@ -1,0 +1,248 @@
+"""Named experiments, and the way a YAML file changes one.
+
+A recipe is a function without arguments that returns a complete `ExperimentConfig`; a variant calls it and
+replaces two fields. `load_experiment` is the one path from a name or a file to a configuration:
+
+    recipe (code)  <-  experiment YAML (overrides)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nestdiff_core.artifacts import fingerprint, read_json, write_json
+from nestdiff_core.config import (
+    EncoderConfig,
+    EvaluationConfig,
+    ExperimentConfig,
+    FeaturesConfig,
+    ImagesConfig,
+    LevelConfig,
+    MoCoConfig,
+    SamplingConfig,
+    TrainConfig,
+    UViTConfig,
+    ViTConfig,
+)
+from nestdiff_core.config_io import from_dict, to_dict
+from nestdiff_core.errors import ConfigError
+
+DEFAULT_EXPERIMENT = "digits"
+
+
+def toy() -> ExperimentConfig:
+    """256 digits, an untrained encoder, two levels, 20 steps each: under a minute on a CPU. What the tests run."""
+    model = UViTConfig(width=32, depth=2, num_heads=2)
+    train = TrainConfig(
+        num_steps=20,
+        batch_size=32,
+        lr=1e-3,
+        warmup_steps=5,
+        beta2=0.99,
+        ema_decay=0.9,
+        log_every=5,
+        checkpoint_every=10,
+    )
+    return ExperimentConfig(
+        name="toy",
+        images=ImagesConfig(source="toy", resolution=8, channels=1, labels=True, images_per_shard=64),
+        encoder=EncoderConfig(
+            kind="moco",
+            input_size=8,
+            vit=ViTConfig(patch_size=2, width=16, depth=1, num_heads=2),
+            moco=MoCoConfig(num_steps=0),
+        ),
+        features=FeaturesConfig(batch_size=64, chunk_rows=16),
+        levels=(
+            LevelConfig(level=1, patch_size=2, guidance=0.5, model=model, train=train),
+            LevelConfig(level=2, grid=2, channels=4, condition_noise=0.5, model=model, train=train),
+        ),
+        sampling=SamplingConfig(num_evaluations=8, num_images=256, batch_size=64),
+        evaluation=EvaluationConfig(extractors=("encoder", "pixels"), probe=True),
+    )
+
+
+def digits() -> ExperimentConfig:
+    """The quickstart: scikit-learn's 1,797 handwritten digits at 8x8, three levels, minutes on two CPU cores."""
+    small = UViTConfig(width=64, depth=4, num_heads=4, position_init="sincos")
+    train = TrainConfig(
+        num_steps=1500,
+        batch_size=128,
+        lr=2e-3,
+        lr_decay="cosine",
+        beta2=0.99,
+        warmup_steps=100,
+        ema_decay=0.99,
+        grad_clip=1.0,
+        log_every=100,
+        checkpoint_every=500,
+    )
+    return ExperimentConfig(
+        name="digits",
+        images=ImagesConfig(source="digits", resolution=8, channels=1, labels=True, images_per_shard=512),
+        encoder=EncoderConfig(
+            kind="moco",
+            input_size=8,
+            vit=ViTConfig(patch_size=2, width=64, depth=3, num_heads=4),
+            moco=MoCoConfig(
+                num_steps=400,
+                batch_size=256,
+                lr=2e-3,
+                warmup_steps=40,
+                projection_dim=64,
+                hidden_dim=256,
+                min_crop_scale=0.6,
+                max_rotation_degrees=10.0,
+                horizontal_flip=False,
+                noise=0.05,
+            ),
+        ),
+        levels=(
+            LevelConfig(level=1, patch_size=2, guidance=0.5, model=small, train=train),
+            LevelConfig(level=2, grid=2, channels=16, condition_noise=0.5, guidance=0.5, model=small, train=train),
+            LevelConfig(level=3, grid=1, channels=16, condition_noise=0.5, model=small, train=train),
+        ),
+        sampling=SamplingConfig(num_evaluations=25, num_images=1000),
+        evaluation=EvaluationConfig(extractors=("encoder", "pixels"), probe=True),
+    )
+
+
+def images64() -> ExperimentConfig:
+    """A starting point for your own images: 64x64 RGB, MoCo v3 on the images themselves, three levels, one GPU."""
+    model = UViTConfig(width=512, depth=12, num_heads=8)
+    train = TrainConfig(num_steps=100_000, batch_size=256, beta1=0.99, beta2=0.99, warmup_steps=2_500)
+    return ExperimentConfig(
+        name="images64",
+        images=ImagesConfig(source="folder", path="path/to/images", resolution=64, channels=3),
+        encoder=EncoderConfig(kind="moco", input_size=64, vit=ViTConfig(patch_size=8, width=384, depth=8, num_heads=6)),
+        levels=(
+            LevelConfig(level=1, patch_size=4, guidance=0.8, model=model, train=train),
+            LevelConfig(level=2, grid=4, channels=64, condition_noise=1.0, guidance=0.8, model=model, train=train),
+            LevelConfig(level=3, grid=1, channels=256, condition_noise=0.5, model=model, train=train),
+        ),
+        sampling=SamplingConfig(num_images=10_000, noise_gamma=0.3),
+        evaluation=EvaluationConfig(extractors=("encoder", "pixels")),
+    )
+
+
+RECIPES: dict[str, Callable[[], ExperimentConfig]] = {f.__name__: f for f in (toy, digits, images64)}
+
+
+def load_experiment(name: str | os.PathLike[str] | None = None) -> ExperimentConfig:
+    """The experiment called `name`: a recipe, the path of a YAML file that changes one, or of a complete .json.
+
+    Without a name, the environment variable NESTDIFF_EXPERIMENT decides, else `digits`. A YAML file holds
+    `recipe:` plus settings, nested or dotted (`sampling.num_images: 64`); its experiment is called after the file
+    unless it says `name:`, and a relative `images.path` in it is relative to its folder. A .json is what
+    `save_experiment` wrote.
+
+    Raises ConfigError for an unknown recipe, a missing or unreadable file, or a setting that cannot work.
+    """
+    text = str(name or os.environ.get("NESTDIFF_EXPERIMENT") or DEFAULT_EXPERIMENT)
+    if text in RECIPES:
+        return RECIPES[text]()
+    path = Path(text).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        return _load_file(path)
+    if path.suffix == ".json":
+        return from_dict(ExperimentConfig, read_json(path))
+    near = difflib.get_close_matches(text, RECIPES, n=1)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(
+        "There is no such experiment",
+        key="experiment",
+        found=text,
+        expected=sorted(RECIPES),
+        fix=f"{hint}Name a recipe, or the path of a .yaml file.",
+    )
+
+
+def save_experiment(config: ExperimentConfig, root: Path) -> Path:
+    """Write the complete configuration below the artifact root, named for its content; returns the path."""
+    path = root / "experiments" / f"{config.name}-{fingerprint(to_dict(config))}.json"
+    if not path.is_file():
+        write_json(path, to_dict(config))
+    return path
+
+
+def _load_file(path: Path) -> ExperimentConfig:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"The experiment file cannot be read ({error.strerror})",
+            path=path,
+            fix="Check NESTDIFF_EXPERIMENT or the path you gave.",
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"The experiment file is not YAML ({' '.join(str(error).split())})", path=path, fix="Mend that line."
+        ) from None
+    if not isinstance(data, dict):
+        raise ConfigError(
+            "The experiment file is not a mapping",
+            path=path,
+            expected="recipe: NAME and settings",
+            found=data,
+            fix="See experiments/my_images.yaml.",
+        )
+    data = dict(data)
+    recipe = data.pop("recipe", DEFAULT_EXPERIMENT)
+    if recipe not in RECIPES:
+        raise ConfigError(
+            "There is no such recipe",
+            path=path,
+            key="recipe",
+            expected=sorted(RECIPES),
+            found=recipe,
+            fix="Name one of these.",
+        )
+    settings: dict[str, Any] = _undot(data, path)
+    settings.setdefault("name", "".join(c if c.isascii() and c.isalnum() else "_" for c in path.stem))
+    try:
+        config = from_dict(ExperimentConfig, settings, base=RECIPES[recipe]())
+    except ConfigError as error:
+        error.path = str(path)
+        raise
+    images = config.images
+    if images.path and not Path(images.path).expanduser().is_absolute():
+        images = dataclasses.replace(images, path=str(path.resolve().parent / images.path))
+    return dataclasses.replace(config, images=images)
+
+
+def _undot(data: Any, path: Path) -> Any:
+    """`{"a.b": 1, "a": {"c": 2}}` as `{"a": {"b": 1, "c": 2}}`, at any depth; numbers (of levels) become integers."""
+    if isinstance(data, list):
+        return [_undot(value, path) for value in data]
+    if not isinstance(data, dict):
+        return data
+    result: dict[Any, Any] = {}
+    for dotted, value in data.items():
+        value = _undot(value, path)
+        *parents, last = [int(name) if name.isdigit() else name for name in str(dotted).split(".")]
+        place: Any = result
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ConfigError(
+                    f"{dotted} is set inside something that is not a mapping",
+                    path=path,
+                    key=str(dotted),
+                    found=place,
+                    fix="Give the setting once, nested or dotted.",
+                )
+        if isinstance(value, dict) and isinstance(place.get(last), dict):
+            value = {**place[last], **value}
+        elif last in place:
+            raise ConfigError(
+                f"{dotted} is given twice", path=path, key=str(dotted), found=value, fix="Keep one of them."
+            )
+        place[last] = value
+    return result
