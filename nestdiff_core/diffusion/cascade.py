@@ -1,0 +1,257 @@
+"""Sampling the whole hierarchy: z_L from noise, then z_{L-1} given it, ..., down to z_1.
+
+Owns randomness and batching. An image is decided by (seed, its index): every random number comes from a stream of
+that image and level, and image i always sits in row i mod batch_size of a batch of full size, so that a run over
+part of the images computes the same bits as a run over all. Another batch size gives the same image up to the
+rounding of matrix products of another shape.
+
+Latents are as the denoisers know them (standardised, z_1 in the autoencoder's space); nothing is clamped here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nestdiff_core.config import ExperimentConfig
+from nestdiff_core.diffusion.guidance import guided
+from nestdiff_core.diffusion.process import to_z_hat
+from nestdiff_core.diffusion.samplers import sample_ddim, sample_dpm_solver_pp, time_grid
+from nestdiff_core.diffusion.schedule import make_schedule
+from nestdiff_core.errors import ConfigError, NumericsError
+from nestdiff_core.progress import Progress, silent
+
+SAMPLERS = {"dpm_solver_pp": sample_dpm_solver_pp, "ddim": sample_ddim}
+
+
+@torch.no_grad()
+def sample_cascade(
+    denoisers: Mapping[int, Callable[..., Tensor]],
+    config: ExperimentConfig,
+    *,
+    image_indices: Sequence[int],
+    seed: int,
+    labels: Int[Tensor, " N"] | None = None,
+    given: Mapping[int, Float[Tensor, "N _ _ _"]] | None = None,
+    null_conditions: bool = False,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> dict[int, Float[Tensor, "N _ _ _"]]:
+    """Latents of every level for the images `image_indices`, in their order, on the CPU.
+
+    denoisers: by level, on `device`, called as NestedDenoiser is; levels in `given` need none.
+    image_indices: distinct, from 0; each run of `sampling.batch_size` images that they touch costs a full batch.
+    labels: class of each image; None for the null class. given: true latents of the top levels (the oracle), used
+    instead of generated ones. null_conditions: no level sees labels or the levels above, and none is guided.
+
+    Raises ConfigError for a request that contradicts the experiment, NumericsError with level and image for a latent
+    that is not finite.
+    """
+    indices, given = list(image_indices), dict(given or {})
+    _check_request(denoisers, config, indices, labels, given)
+    sampler = _LevelSampler(config, denoisers, seed, null_conditions)
+    result = {m: torch.empty(len(indices), *config.latent_shape(m)) for m in range(config.num_levels, 0, -1)}
+    finished = 0
+    for batch in _micro_batches(indices, config.sampling.batch_size, torch.device(device)):
+        latents = {m: batch.spread(z_m.float()) for m, z_m in given.items()}
+        batch_labels = None if labels is None else batch.spread(labels)
+        for level in result:
+            if level not in given:
+                latents[level] = sampler.sample(level, latents, batch_labels, batch)
+            result[level][batch.places] = batch.gather(latents[level], level)
+        finished += len(batch.places)
+        (progress or silent)(finished, len(indices), "sampling")
+    return result
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """Images that are sampled together; rows without a requested image hold zeros.
+
+    places: where the images stand in the request. images: their indices. size: rows.
+    """
+
+    places: list[int]
+    images: list[int]
+    size: int
+    device: torch.device
+
+    @property
+    def rows(self) -> list[int]:
+        return [i % self.size for i in self.images]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """The request's values (N, ...) on this batch's rows."""
+        full = torch.zeros(self.size, *values.shape[1:], dtype=values.dtype)
+        full[self.rows] = values[self.places].cpu()
+        return full.to(self.device)
+
+    def gather(self, z_l: Tensor, level: int) -> Tensor:
+        """The images' latents in the order of `places`, on the CPU."""
+        values = z_l.cpu()[self.rows]
+        finite = values.flatten(1).isfinite().all(1)
+        if not finite.all():
+            image = self.images[int(finite.int().argmin())]
+            raise NumericsError(
+                "A sampled latent is not finite",
+                stage="samples",
+                level=level,
+                key=f"image {image}",
+                expected="finite numbers",
+                found=f"{int((~finite).sum())} images with others",
+                fix=f"Train the denoiser of level {level} again, or lower its guidance.",
+            )
+        return values
+
+    def streams(self, seed: int, level: int, m: int) -> list[np.random.Generator]:
+        """Each image's random numbers for z_m while level `level` is sampled.
+
+        NumPy's, since a torch CPU generator keeps 32 bits of its seed: too few for all images and levels to differ.
+        """
+        return [np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(i, level, m))) for i in self.images]
+
+    def normal(self, streams: list[np.random.Generator], shape: tuple[int, int, int]) -> Tensor:
+        """The next standard normal numbers (size, *shape) of every image."""
+        on_gpu = self.device.type == "cuda"
+        full = torch.zeros(self.size, *shape, pin_memory=on_gpu)
+        numbers = full.numpy()
+        for row, stream in zip(self.rows, streams, strict=True):
+            stream.standard_normal(dtype=np.float32, out=numbers[row])
+        return full.to(self.device, non_blocking=on_gpu)
+
+
+def _micro_batches(indices: Sequence[int], size: int, device: torch.device) -> list[_MicroBatch]:
+    """One batch for each run of `size` image indices that is touched."""
+    runs: dict[int, list[int]] = {}
+    for place, i in enumerate(indices):
+        runs.setdefault(i // size, []).append(place)
+    return [_MicroBatch(places, [indices[place] for place in places], size, device) for places in runs.values()]
+
+
+class _LevelSampler:
+    """Samples one batch of one level, given the latents above."""
+
+    def __init__(
+        self, config: ExperimentConfig, denoisers: Mapping[int, Callable[..., Tensor]], seed: int, null_conditions: bool
+    ) -> None:
+        self.config, self.denoisers, self.seed, self.null_conditions = config, denoisers, seed, null_conditions
+        self.schedule = make_schedule(config.diffusion)
+        self.times = time_grid(self.schedule, config.sampling.num_evaluations)
+
+    def sample(self, level: int, latents: Mapping[int, Tensor], labels: Tensor | None, batch: _MicroBatch) -> Tensor:
+        model = self._model(level, batch)
+        conditions = self._conditions(level, latents, batch)
+
+        def z_hat(z_t: Tensor, t: Tensor) -> Tensor:
+            output = model(z_t, t, conditions(t), labels)
+            return to_z_hat(output.to(z_t.dtype), z_t, t, self.schedule, self.config.diffusion.prediction)
+
+        z_T = batch.normal(batch.streams(self.seed, level, level), self.config.latent_shape(level))
+        return SAMPLERS[self.config.sampling.sampler](z_hat, z_T, self.times, self.schedule)
+
+    def _model(self, level: int, batch: _MicroBatch) -> Callable[..., Tensor]:
+        denoiser = self.denoisers[level]
+        if not self.null_conditions:
+            return guided(denoiser, self.config.level(level).guidance)
+        drop = torch.ones(batch.size, dtype=torch.bool, device=batch.device)
+        return lambda z_t, t, z_above, labels: denoiser(z_t, t, z_above, labels, drop)
+
+    def _conditions(
+        self, level: int, latents: Mapping[int, Tensor], batch: _MicroBatch
+    ) -> Callable[[Tensor], dict[int, Tensor]]:
+        """The noised conditions of one model call, by time (arXiv 2412.05984, the text of its method; the
+        caption of its Table 3 decays the standard deviation instead):
+
+        z_m^ = z_m + sqrt((t/T)^gamma) sigma_m eta,  eta redrawn at every call, T = 1
+        """
+        gamma = self.config.sampling.noise_gamma
+        quiet = self.null_conditions or math.isinf(gamma)
+        above = {m: latents[m] for m in self.config.levels_above(level)}
+        noise = {m: self.config.level(m).condition_noise for m in above}
+        noised = [] if quiet else [m for m in above if noise[m] > 0]
+        streams = {m: batch.streams(self.seed, level, m) for m in noised}
+
+        def conditions(t: Tensor) -> dict[int, Tensor]:
+            if not noised:
+                return above
+            decay = (t ** (gamma / 2.0)).view(-1, 1, 1, 1)
+            eta = {m: batch.normal(streams[m], self.config.latent_shape(m)) for m in noised}
+            return above | {m: above[m] + decay * noise[m] * eta[m] for m in noised}
+
+        return conditions
+
+
+def _check_request(
+    denoisers: Mapping[int, Callable[..., Tensor]],
+    config: ExperimentConfig,
+    indices: Sequence[int],
+    labels: Tensor | None,
+    given: Mapping[int, Tensor],
+) -> None:
+    def require(
+        ok: bool, what: str, key: str, expected: object, found: object, fix: str, level: int | None = None
+    ) -> None:
+        if not ok:
+            raise ConfigError(what, stage="samples", key=key, level=level, expected=expected, found=found, fix=fix)
+
+    levels, count = range(1, config.num_levels + 1), len(indices)
+    require(
+        len(set(indices)) == count and min(indices, default=0) >= 0,
+        "These image indices cannot be sampled",
+        "image_indices",
+        "distinct numbers from 0",
+        f"{count} numbers, {len(set(indices))} distinct, from {min(indices, default=0)}",
+        "Ask for each image once.",
+    )
+    top = sorted(levels, reverse=True)[: len(given)]
+    require(
+        sorted(given, reverse=True) == top,
+        "Latents are given for levels that are not the top ones",
+        "given",
+        top,
+        sorted(given, reverse=True),
+        "Give every level from the top down to the lowest one given.",
+    )
+    for m, z_m in given.items():
+        shape = (count, *config.latent_shape(m))
+        require(
+            tuple(z_m.shape) == shape,
+            "Given latents have the wrong shape",
+            "given",
+            shape,
+            tuple(z_m.shape),
+            "Give one latent for each image index.",
+            level=m,
+        )
+    missing = [m for m in levels if m not in given and m not in denoisers]
+    require(
+        not missing,
+        "Denoisers are missing",
+        "denoisers",
+        [m for m in levels if m not in given],
+        sorted(denoisers),
+        "Give a denoiser for each level that is to be sampled.",
+    )
+    if labels is not None:
+        require(
+            config.conditioning.labels == "class",
+            "The experiment takes no labels",
+            "labels",
+            None,
+            f"{len(labels)} labels",
+            "Leave them out, or set conditioning.labels: class and train the denoisers so.",
+        )
+        require(
+            len(labels) == count,
+            "There is not one label for each image",
+            "labels",
+            count,
+            len(labels),
+            "Give each image its label.",
+        )
