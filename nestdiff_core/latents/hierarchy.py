@@ -1,0 +1,108 @@
+"""From one feature map to the latents of every level: pool to the level's grid, project on its basis.
+
+Every level pools the full map; a 4x4 grid pooled from 8x8 is another one than 4x4 pooled from 14x14. One read of the
+features serves all levels. Level 1, the image, is the autoencoder's (autoencoders.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nestdiff_core.errors import NumericsError
+from nestdiff_core.latents.basis import Basis
+from nestdiff_core.latents.moments import Moments, merge
+from nestdiff_core.progress import Progress, silent
+from nestdiff_core.stores.finite import first_non_finite
+from nestdiff_core.stores.reader import StoreReader
+
+BLOCK_IMAGES = 128  # images pooled together: 77 MB of a 14x14x768 map in float32
+
+
+def pool(feature_map: Float[Tensor, "B C S S"], grid: int) -> Float[Tensor, "B C {grid} {grid}"]:
+    """Adaptive average pooling: cell i of a side covers rows floor(i S / grid) up to ceil((i + 1) S / grid)."""
+    return F.adaptive_avg_pool2d(feature_map, grid)
+
+
+def tokens_of(z: Float[Tensor, "B C H W"]) -> Float[Tensor, "B*H*W C"]:
+    """One row per position, images first, then rows, then columns."""
+    return z.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _blocks(feature_map: Float[np.ndarray, "N C S S"]) -> Iterator[Float[Tensor, "B C S S"]]:
+    """Float32 blocks, channels last: both pooling and projection run over whole tokens."""
+    for start in range(0, len(feature_map), BLOCK_IMAGES):
+        block = torch.from_numpy(feature_map[start : start + BLOCK_IMAGES])
+        yield block.to(torch.float32, memory_format=torch.channels_last)
+
+
+# --- moments ------------------------------------------------------------------------------------------------------
+
+
+def shard_moments(feature_map: Float[np.ndarray, "N C S S"], grids: Sequence[int]) -> dict[int, Moments]:
+    """Moments of the pooled tokens of one shard's feature maps, for each grid."""
+    totals = {grid: Moments.zero(feature_map.shape[1]) for grid in grids}
+    for block in _blocks(feature_map):
+        for grid in totals:
+            totals[grid] = merge(totals[grid], Moments.of(tokens_of(pool(block, grid)).numpy()))
+    return totals
+
+
+def level_moments(
+    features: StoreReader, grids: Sequence[int], rows: Int[np.ndarray, " n"], *, progress: Progress = silent
+) -> dict[int, Moments]:
+    """Moments, for each grid, of the pooled tokens of the images `rows` (a split, ascending): one pass over the store.
+
+    Shards are merged in their order, so the result has the same bits every time.
+    Raises NumericsError naming shard, row in the shard and channel of a value that is not finite.
+    """
+    totals = {grid: Moments.zero(features.shape[1]) for grid in grids}
+    first = 0
+    for shard, feature_map in features.iterate_shards():
+        last = first + len(feature_map)
+        chosen = rows[np.searchsorted(rows, first) : np.searchsorted(rows, last)] - first
+        if (bad := first_non_finite(feature_map)) is not None:
+            raise NumericsError(
+                f"Row {bad[0]} of shard {shard}, channel {bad[1]} of the features is not finite",
+                stage="moments",
+                path=features.path,
+                fix="Remove that shard's file and materialise the features again.",
+            )
+        moments = shard_moments(feature_map[chosen], grids)
+        totals = {grid: merge(totals[grid], moments[grid]) for grid in grids}
+        first = last
+        progress(shard + 1, len(features.rows_per_shard), "moments")
+    return totals
+
+
+# --- latents ------------------------------------------------------------------------------------------------------
+
+
+def encode_levels(
+    feature_map: Float[np.ndarray, "N C S S"], levels: dict[int, tuple[int, Basis]]
+) -> dict[int, Float[np.ndarray, "N _ _ _"]]:
+    """z_l in float32 for each level of {l: (grid, basis)}, standardised and clean, from one pass over the maps."""
+    z = {
+        level: np.empty((len(feature_map), basis.channels, grid, grid), np.float32)
+        for level, (grid, basis) in levels.items()
+    }
+    start = 0
+    for block in _blocks(feature_map):
+        stop = start + len(block)
+        for level, (grid, basis) in levels.items():
+            tokens = pool(block, grid).permute(0, 2, 3, 1)
+            z[level][start:stop] = basis.project(tokens).permute(0, 3, 1, 2).numpy()
+        start = stop
+    return z
+
+
+def encode_level(
+    feature_map: Float[np.ndarray, "N C S S"], grid: int, basis: Basis
+) -> Float[np.ndarray, "N k {grid} {grid}"]:
+    """z_l of one level; see `encode_levels`."""
+    return encode_levels(feature_map, {0: (grid, basis)})[0]
