@@ -1,0 +1,109 @@
+"""The frozen visual encoder: pre-trained here (moco), or one of timm's vision transformers.
+
+An `encoder` artifact holds `model.safetensors` and `config.json`; the second says how to build the network again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from nestdiff_core.artifacts import Artifact, ArtifactWriter, read_json, replacing, sha256_file, write_json
+from nestdiff_core.config import EncoderConfig
+from nestdiff_core.config_io import from_dict, to_dict
+from nestdiff_core.encoders.base import Encoder, feature_shapes
+from nestdiff_core.encoders.extract import extract_features
+from nestdiff_core.encoders.knn import compare
+from nestdiff_core.encoders.moco import pixel_statistics, train_moco, training_batches, untrained
+from nestdiff_core.encoders.vit import ViTEncoder, load_weights, moco_network, timm_encoder, timm_network
+from nestdiff_core.images import ImageIndex
+from nestdiff_core.progress import Progress
+
+__all__ = ["Encoder", "build_encoder", "extract_features", "feature_shapes", "load_encoder"]
+
+MODEL, CONFIG = "model.safetensors", "config.json"
+
+
+def build_encoder(
+    config: EncoderConfig,
+    index: ImageIndex,
+    writer: ArtifactWriter,
+    *,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Make the encoder and write it below `writer.path`; returns what it is and how well its vectors classify.
+
+    Does not seal. `knn` in the result is there where the images have labels: held-out accuracy of the encoder, of
+    raw pixels, and of the untrained network of the same shape.
+    """
+    losses: list[float] = []
+    match config.kind:
+        case "moco":
+            mean, std = pixel_statistics(index)
+            start = untrained(config, mean, std)
+            batches = training_batches(index, config.moco.batch_size, config.moco.seed)
+            encoder, losses = train_moco(config, batches, mean, std, device=device, progress=progress)
+        case "timm":
+            start = timm_encoder(config, timm_network(config))
+            encoder = _timm(config)
+    encoder.to(device).eval().requires_grad_(False)
+    with replacing(writer.path / MODEL) as temporary:
+        safetensors.torch.save_file(
+            {k: v.cpu().contiguous() for k, v in encoder.network.state_dict().items()}, temporary
+        )
+    record = {
+        "encoder": to_dict(config),
+        "in_channels": encoder.in_channels,
+        "mean": list(encoder.mean),
+        "std": list(encoder.std),
+    }
+    write_json(writer.path / CONFIG, record)
+    shapes = {name: list(shape) for name, shape in feature_shapes(encoder).items()}
+    knn = compare({"encoder": encoder, "untrained": start.to(device)}, index) if index.num_classes else None
+    return {
+        **shapes,
+        "num_parameters": sum(p.numel() for p in encoder.parameters()),
+        "weights_sha256": sha256_file(writer.path / MODEL),
+        "preprocessing": {
+            "input_size": encoder.input_size,
+            "resize": "bicubic, antialiased",
+            "mean": list(encoder.mean),
+            "std": list(encoder.std),
+        },
+        "loss": _thinned(losses),
+        "knn": knn,
+    }
+
+
+def load_encoder(artifact: Artifact, *, device: str | torch.device = "cpu") -> Encoder:
+    """The encoder of a sealed artifact, frozen, in eval mode, on `device`."""
+    record = read_json(artifact.path / CONFIG, stage="encoder")
+    config = from_dict(EncoderConfig, record["encoder"])
+    network = moco_network(config, record["in_channels"]) if config.kind == "moco" else timm_network(config)
+    load_weights(network, artifact.path / MODEL)
+    encoder = ViTEncoder(
+        network,
+        input_size=config.input_size,
+        in_channels=record["in_channels"],
+        mean=tuple(record["mean"]),
+        std=tuple(record["std"]),
+    )
+    return encoder.to(device).eval().requires_grad_(False)
+
+
+def _timm(config: EncoderConfig) -> ViTEncoder:
+    network = timm_network(config, pretrained=config.weights == "hub")
+    if config.weights not in ("hub", "random"):
+        load_weights(network, Path(config.weights).expanduser())
+    return timm_encoder(config, network)
+
+
+def _thinned(losses: list[float], points: int = 50) -> list[tuple[int, float]]:
+    """[step, mean loss since the point before] at about `points` steps."""
+    every = max(1, len(losses) // points)
+    return [(end, fmean(losses[end - every : end])) for end in range(every, len(losses) + 1, every)]

@@ -1,0 +1,174 @@
+"""The image index: which images there are, in what order, and the one way to read their pixels.
+
+    index.parquet   a row per image in shard order: key, shard, row (position in the shard), split, label, captions,
+                    width, height (of the upright original), sha256 (of the encoded bytes in the shard)
+    shards.json     a record per shard: name, path (relative for shards of our own), size, sha256, count, first_row
+    classes.json    the names of the classes; [] without labels
+
+The global number of an image is its position in the index. Every store keeps this order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Int64, UInt8
+
+from nestdiff_core.artifacts import Artifact, check_file, read_json
+from nestdiff_core.errors import IntegrityError
+from nestdiff_core.images import tars
+from nestdiff_core.images.pixels import load_pixels
+from nestdiff_core.images.sources import image_member
+
+INDEX, SHARDS, CLASSES, REJECTS = "index.parquet", "shards.json", "classes.json", "rejects.jsonl"
+SPLITS = ("train", "held_out")
+SCHEMA = pa.schema(
+    [("key", pa.string()), ("shard", pa.int32()), ("row", pa.int32()), ("split", pa.string()), ("label", pa.int32()),
+     ("captions", pa.list_(pa.string())), ("width", pa.int32()), ("height", pa.int32()), ("sha256", pa.string())]
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: `count` images, whose global numbers begin at `first_row`."""
+
+    name: str
+    path: Path
+    size: int
+    sha256: str
+    count: int
+    first_row: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first_row, self.first_row + self.count)
+
+
+class ImageIndex:
+    """The images of a sealed `images` artifact."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.artifact = artifact
+        self.resolution: int = artifact.info["resolution"]
+        self.channels: int = artifact.info["channels"]
+        self.class_names: list[str] = read_json(artifact.path / CLASSES, stage="images")
+        self.shards = [
+            Shard(**{**record, "path": artifact.path / record["path"]})  # an absolute path stays what it is
+            for record in read_json(artifact.path / SHARDS, stage="images")
+        ]
+        self._verified: set[int] = set()
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        path = self.artifact.path / INDEX
+        try:
+            table = pq.read_table(path)
+        except (OSError, pa.ArrowException) as error:
+            raise IntegrityError(
+                f"{INDEX} cannot be read ({error})", stage="images", path=path, fix="Materialise images again."
+            ) from error
+        expected = sum(shard.count for shard in self.shards)
+        if table.num_rows != expected or table.schema.names != SCHEMA.names:
+            raise IntegrityError(
+                f"{INDEX} does not fit {SHARDS}",
+                stage="images",
+                path=path,
+                expected=expected,
+                found=table.num_rows,
+                fix="Materialise images again.",
+            )
+        return table
+
+    def _column(self, name: str) -> np.ndarray:
+        return self._table.column(name).to_numpy()
+
+    @property
+    def num_images(self) -> int:
+        return self._table.num_rows
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @cached_property
+    def labels(self) -> Int64[np.ndarray, " N"]:
+        """Class of every image, -1 where there is none."""
+        return self._column("label").astype(np.int64)
+
+    @cached_property
+    def splits(self) -> np.ndarray:
+        """`train` or `held_out` for every image."""
+        return self._column("split")
+
+    @property
+    def keys(self) -> list[str]:
+        return self._table.column("key").to_pylist()
+
+    @property
+    def captions(self) -> list[list[str]]:
+        return self._table.column("captions").to_pylist()
+
+    def rows(self, split: str) -> Int64[np.ndarray, " M"]:
+        """Global numbers of the images of a split, rising."""
+        return np.flatnonzero(self.splits == split)
+
+    def read_shard(self, k: int) -> UInt8[np.ndarray, "n H W C"]:
+        """Pixels of all images of shard `k` (its position), in the order of the index.
+
+        The tar is compared with its recorded size and sha256 the first time. Raises IntegrityError, naming the
+        shard, when it is missing or has changed.
+        """
+        shard = self.shards[k]
+        self._verify(k)
+        wanted = set(self._column("row")[shard.rows].tolist())
+        images = [image_member(members) for row, members in enumerate(tars.read_samples(shard.path)) if row in wanted]
+        if len(images) != shard.count:
+            raise IntegrityError(
+                f"Shard {shard.name} holds another number of images",
+                stage="images",
+                path=shard.path,
+                expected=shard.count,
+                found=len(images),
+                fix="Materialise images again.",
+            )
+        with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
+            return np.stack(list(pool.map(lambda data: load_pixels(data, self.resolution, self.channels), images)))
+
+    def iterate(self, split: str | None = None, batch_size: int = 256) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(global numbers, pixels uint8 (b, H, W, C)) of all images or of a split, in order; the last may be short."""
+        rows = np.empty(0, np.int64)
+        images = np.empty((0, self.resolution, self.resolution, self.channels), np.uint8)
+        for k, shard in enumerate(self.shards):
+            here = np.arange(shard.first_row, shard.first_row + shard.count)
+            chosen = np.ones(shard.count, bool) if split is None else self.splits[shard.rows] == split
+            if not chosen.any():
+                continue
+            rows, images = np.concatenate([rows, here[chosen]]), np.concatenate([images, self.read_shard(k)[chosen]])
+            whole = len(rows) - len(rows) % batch_size
+            for start in range(0, whole, batch_size):
+                yield rows[start : start + batch_size], images[start : start + batch_size]
+            rows, images = rows[whole:], images[whole:]
+        if len(rows):
+            yield rows, images
+
+    def _verify(self, k: int) -> None:
+        if k in self._verified:
+            return
+        shard = self.shards[k]
+        try:
+            check_file(shard.path, {"size": shard.size, "sha256": shard.sha256}, stage="images")
+        except IntegrityError as error:
+            error.key = shard.name
+            if shard.path.is_relative_to(self.artifact.path):
+                error.fix = f"Remove {self.artifact.path} and materialise images again."
+            else:
+                error.fix = "Put the shard back as it was, or materialise images again and all that was made from it."
+            raise
+        self._verified.add(k)
