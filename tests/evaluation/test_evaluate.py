@@ -1,0 +1,149 @@
+"""The whole evaluation on digits: floors, cards, other sets, the probe."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from nestdiff_core.config import EvaluationConfig, ExperimentConfig
+from nestdiff_core.errors import ConfigError
+from nestdiff_core.evaluation.card import MetricCard, SampleOrigin, differences
+from nestdiff_core.evaluation.report import evaluate
+
+ORIGIN = SampleOrigin.of(ExperimentConfig(), {1: "abc"})
+
+
+class TinyEncoder(nn.Module):
+    input_size, mean, std = 8, (0.0,), (1.0,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 24, generator=torch.Generator().manual_seed(0)) / 8)
+        self.seen = 0
+
+    def encode(self, images: np.ndarray) -> tuple[Tensor, Tensor]:
+        self.seen += len(images)
+        vector = torch.tanh(torch.from_numpy(images).flatten(1).float() / 255 @ self.weight)
+        return vector[:, :, None, None], vector
+
+
+@pytest.fixture(scope="module")
+def sets() -> dict[str, np.ndarray]:
+    pixels, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))
+    images, labels = np.round(pixels * 255 / 16).astype(np.uint8).reshape(-1, 8, 8, 1)[order], labels[order]
+    rng = np.random.default_rng(1)
+    noisy = (images[1200:1700] + rng.normal(size=(500, 8, 8, 1)) * 40).clip(0, 255).astype(np.uint8)
+    return {
+        "reference": images[:1000],
+        "reference_labels": labels[:1000],
+        "held_out": images[1000:1200],
+        "held_out_labels": labels[1000:1200],
+        "samples": noisy,
+        "noise": rng.integers(0, 256, (300, 8, 8, 1), dtype=np.uint8),
+    }
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TinyEncoder:
+    return TinyEncoder()
+
+
+@pytest.fixture(scope="module")
+def result(sets: dict[str, np.ndarray], encoder: TinyEncoder) -> dict:
+    return evaluate(
+        sets["samples"],
+        sets["reference"],
+        sets["held_out"],
+        EvaluationConfig(extractors=("encoder", "pixels"), probe=True),
+        origin=ORIGIN,
+        encoder=encoder,
+        others={"noise": sets["noise"]},
+        reference_labels=sets["reference_labels"],
+        held_out_labels=sets["held_out_labels"],
+    )
+
+
+def test_better_images_have_better_numbers(result: dict) -> None:
+    """In both spaces: unseen digits before noisy digits before noise, at equal numbers of images."""
+    for space in ("encoder", "pixels"):
+        fd, precision = result["metrics"][f"fd_{space}"], result["metrics"][f"precision_{space}"]
+        assert fd["floor"] < fd["value_at_floor"] < fd["others"]["noise"]
+        assert precision["floor"] > precision["value_at_floor"] > precision["others"]["noise"]
+        assert fd["value"] < fd["value_at_floor"]  # fewer images, larger distance
+        assert fd["floor_images"] == 200
+
+
+def test_only_inception_has_a_fid(result: dict) -> None:
+    """Numbers of other spaces are named after their space."""
+    assert set(result["metrics"]) == {
+        f"{m}_{s}" for m in ("fd", "kd", "precision", "recall") for s in ("encoder", "pixels")
+    }
+
+
+def test_it_is_plain_json_with_a_card_beside_each_number(result: dict) -> None:
+    """The result is valid JSON without NaN; each card names its metric, sets and counts."""
+    read = json.loads(json.dumps(result, allow_nan=False))
+    assert read == result
+    cards = {name: MetricCard.from_dict(record["card"]) for name, record in read["metrics"].items()}
+    assert all(card.metric == name and card.origin == ORIGIN for name, card in cards.items())
+    assert all((card.num_samples, card.num_reference) == (500, 1000) for card in cards.values())
+    assert differences(cards["fd_encoder"], cards["precision_encoder"]) == ["metric"]
+    assert {"extractor", "weights_sha256"} <= set(differences(cards["fd_encoder"], cards["fd_pixels"]))
+
+
+def test_each_set_is_encoded_once(result: dict, encoder: TinyEncoder) -> None:
+    """Floors and subsets reuse the features: 1000 + 200 + 500 + 300 images pass through the encoder."""
+    assert result["metrics"]
+    assert encoder.seen == 2000
+
+
+def test_the_probe_judges_all_sets(result: dict) -> None:
+    """It knows held-out digits, is less sure of noisy ones and least of noise."""
+    probe = result["probe"]
+    assert probe["held_out_accuracy"] > 0.9
+    confidence = [judged["confidence"] for judged in (probe["held_out"], probe["samples"], probe["others"]["noise"])]
+    assert confidence == sorted(confidence, reverse=True)
+
+
+def test_it_repeats_itself(sets: dict[str, np.ndarray]) -> None:
+    """The same sets give the same record; without a probe it is None, without others there are none."""
+    config = EvaluationConfig(extractors=("pixels",))
+    first, second = (
+        evaluate(sets["samples"], sets["reference"], sets["held_out"], config, origin=ORIGIN) for _ in range(2)
+    )
+    assert first == second
+    assert first["probe"] is None
+    assert first["metrics"]["fd_pixels"]["others"] == {}
+
+
+def test_few_images_come_with_warnings(sets: dict[str, np.ndarray]) -> None:
+    """Forty held-out images are too few for 64 pixels: said of the floor, while the samples are enough."""
+    found = evaluate(
+        sets["samples"],
+        sets["reference"],
+        sets["held_out"][:40],
+        EvaluationConfig(extractors=("pixels",)),
+        origin=ORIGIN,
+    )
+    assert found["warnings"]
+    assert all(text.startswith("Floor: ") for text in found["warnings"])
+    assert any("fd_pixels: 40 images" in text for text in found["warnings"])
+    assert found["metrics"]["kd_pixels"]["floor"] is None
+
+
+def test_a_probe_needs_labels(sets: dict[str, np.ndarray]) -> None:
+    """The probe without labels is a configuration error, before any work on it."""
+    with pytest.raises(ConfigError, match="labels"):
+        evaluate(
+            sets["samples"],
+            sets["reference"],
+            sets["held_out"],
+            EvaluationConfig(extractors=(), probe=True),
+            origin=ORIGIN,
+        )
