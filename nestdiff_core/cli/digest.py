@@ -1,0 +1,116 @@
+"""Print what every stage of an experiment holds, as one sha256 each over the logical content.
+
+Arrays are hashed as they are read with plain zarr, safetensors and numpy, so two runs that made the same thing have
+the same digests wherever and however they ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nestdiff_core.experiment import Experiment, Ref
+from nestdiff_core.recipes import load_experiment
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from nestdiff_core.cli import add_experiment
+
+    add_experiment(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    digests = experiment_digests(Experiment(load_experiment(arguments.experiment)))
+    if arguments.json:
+        print(json.dumps(digests, indent=1, sort_keys=True))
+    else:
+        for name, value in digests.items():
+            print(f"{value or 'not made':<64}  {name}")
+    return 0
+
+
+def experiment_digests(x: Experiment) -> dict[str, str | None]:
+    """sha256 of the logical content by stage; None where a stage has not been made."""
+    digests: dict[str, str | None] = {}
+    for ref in x.refs():
+        artifact = x.find(ref)
+        name = ref.stage if ref.level is None else f"{ref.stage}_level_{ref.level}"
+        if ref.stage == "denoiser":
+            digests |= _denoiser(name, artifact.path if artifact else None)
+        else:
+            digests[name] = _hash_content(ref, artifact.path) if artifact else None
+    return digests
+
+
+def _hash_content(ref: Ref, path: Path) -> str:
+    match ref.stage:
+        case "images":
+            import pyarrow.parquet
+
+            table = pyarrow.parquet.read_table(path / "index.parquet")
+            return _hash_plain(table.to_pylist())
+        case "features" | "latents":
+            import numpy as np
+            import zarr
+
+            group = zarr.open_group(path / "store.zarr", mode="r")
+            return _hash_arrays((name, np.asarray(group[name])) for name in sorted(group.array_keys()))
+        case "moments":
+            import numpy as np
+
+            with np.load(path / "moments.npz", allow_pickle=False) as arrays:
+                return _hash_arrays((name, arrays[name]) for name in sorted(arrays.files))
+        case "encoder":
+            return _hash_tensors(path / "model.safetensors")
+        case "svd_basis":
+            return _hash_tensors(path / "basis.safetensors")
+        case "samples":
+            import numpy as np
+
+            with np.load(path / "samples.npz", allow_pickle=False) as arrays:
+                return _hash_arrays((name, arrays[name]) for name in sorted(arrays.files))
+        case "evaluation":
+            record = json.loads((path / "metrics.json").read_text())
+            return _hash_plain(
+                {"metrics": {name: n["value"] for name, n in record["metrics"].items()}, "probe": record["probe"]}
+            )
+    raise AssertionError(f"no digest is defined for stage {ref.stage}")
+
+
+def _denoiser(name: str, path: Path | None) -> dict[str, str | None]:
+    """Digests of the newest checkpoint's full state and of the exported EMA."""
+    if path is None:
+        return {f"{name}_{part}": None for part in ("model", "ema", "optimizer", "losses")}
+    newest = sorted((path / "checkpoints").glob("step_*"))[-1]
+    history = json.loads((newest / "state.json").read_text())["history"]
+    losses = [{k: v for k, v in line.items() if k != "images_per_second"} for line in history]
+    return {
+        f"{name}_model": _hash_tensors(newest / "model.safetensors"),
+        f"{name}_ema": _hash_tensors(path / "ema.safetensors"),
+        f"{name}_optimizer": _hash_tensors(newest / "optimizer.safetensors"),
+        f"{name}_losses": _hash_plain(losses),
+    }
+
+
+def _hash_tensors(path: Path) -> str:
+    from safetensors.numpy import load_file
+
+    return _hash_arrays(sorted(load_file(path).items()))
+
+
+def _hash_arrays(arrays: Iterable[tuple[str, Any]]) -> str:
+    """Over name, type, shape and bytes of each array in order."""
+    total = hashlib.sha256()
+    for name, array in arrays:
+        total.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        total.update(array.tobytes())
+    return total.hexdigest()
+
+
+def _hash_plain(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True, allow_nan=True).encode()).hexdigest()

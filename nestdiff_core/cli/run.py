@@ -1,0 +1,54 @@
+"""Run the pipeline, or some of its stages. What is there already is checked and kept.
+
+Stages: images, encoder, features, bases, latents, train, samples, evaluation; all of them by default.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from nestdiff_core.experiment import Experiment
+from nestdiff_core.progress import TerminalProgress
+from nestdiff_core.recipes import load_experiment
+
+STAGES = ("images", "encoder", "features", "bases", "latents", "train", "samples", "evaluation")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from nestdiff_core.cli import add_device, add_experiment
+
+    add_experiment(parser)
+    parser.add_argument("--stage", action="append", choices=STAGES, help="only this stage; may be given several times")
+    add_device(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    experiment = Experiment(load_experiment(arguments.experiment))
+    from nestdiff_core import stages
+    from nestdiff_core.cli import train
+    from nestdiff_core.devices import choose_device
+
+    progress = TerminalProgress()
+    device = choose_device(arguments.device)
+    for stage in arguments.stage or STAGES:
+        match stage:
+            case "train":
+                for level in range(1, experiment.config.num_levels + 1):
+                    code = train.run(
+                        argparse.Namespace(
+                            experiment=arguments.experiment,
+                            level=level,
+                            processes=1,
+                            until_step=None,
+                            device=arguments.device,
+                        )
+                    )
+                    if code:
+                        return code
+            case "images" | "bases" | "latents":
+                getattr(stages, stage)(experiment, progress=progress)
+            case _:
+                getattr(stages, stage)(experiment, device=device, progress=progress)
+        progress.close()
+        print(f"{stage}: done", flush=True)
+    return 0

@@ -1,0 +1,73 @@
+"""Sample images from the trained cascade, into a picture (.png) or an array (.npz).
+
+Image number i depends on the seed and on i only, not on how many are asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nestdiff_core.errors import ConfigError
+from nestdiff_core.experiment import Experiment
+from nestdiff_core.progress import TerminalProgress
+from nestdiff_core.recipes import load_experiment
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from nestdiff_core.cli import add_device, add_experiment
+
+    add_experiment(parser)
+    parser.add_argument("--num-images", type=int, default=64, metavar="N", help="default 64")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("samples.png"),
+        metavar="FILE",
+        help="a .png grid or an .npz (arr_0, uint8 NHWC)",
+    )
+    add_device(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    out: Path = arguments.out
+    if out.suffix not in (".png", ".npz"):
+        raise ConfigError(
+            "The output file has an unknown kind",
+            key="--out",
+            expected=".png or .npz",
+            found=str(out),
+            fix="Change --out.",
+        )
+    if arguments.num_images < 1:
+        raise ConfigError(
+            "There is nothing to sample",
+            key="--num-images",
+            expected=">= 1",
+            found=arguments.num_images,
+            fix="Change it.",
+        )
+    experiment = Experiment(load_experiment(arguments.experiment))
+    from nestdiff_core import loading
+    from nestdiff_core.artifacts import write_bytes
+    from nestdiff_core.devices import choose_device
+    from nestdiff_core.evaluation.figures import image_grid
+    from nestdiff_core.evaluation.samples import save_samples
+
+    progress = TerminalProgress()
+    z = loading.generate(
+        experiment,
+        range(arguments.num_images),
+        seed=arguments.seed,
+        device=choose_device(arguments.device),
+        progress=progress,
+    )
+    progress.close()
+    pictures = loading.decode(experiment, z[1])
+    if out.suffix == ".npz":
+        save_samples(out, pictures)
+    else:
+        write_bytes(out, image_grid(pictures, smooth=pictures.shape[1] <= 16))
+    print(f"{len(pictures)} images in {out}")
+    return 0

@@ -1,0 +1,89 @@
+"""Train the denoiser of one level. The same command resumes after a stop; a finished level is only checked.
+
+Training runs in processes of its own under torchrun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+
+from nestdiff_core.errors import Interrupted, NestdiffError
+from nestdiff_core.experiment import Experiment, Ref
+from nestdiff_core.progress import LogProgress, Progress, TerminalProgress, silent
+from nestdiff_core.recipes import load_experiment
+from nestdiff_core.training import launch
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from nestdiff_core.cli import add_device, add_experiment
+
+    add_experiment(parser)
+    parser.add_argument(
+        "--level", type=int, required=True, metavar="N", help="1 is the image, the largest number the top"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="worker processes, one per GPU (default 1)"
+    )
+    parser.add_argument("--until-step", type=int, metavar="STEP", help="save and stop at this step; resume later")
+    add_device(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    config = load_experiment(arguments.experiment)
+    config.level(arguments.level)
+    if launch.DIE_WITH_PARENT in os.environ:
+        launch.die_with_parent()
+    if launch.under_torchrun():
+        return _work(Experiment(config), arguments)
+    for ref in Experiment(config).inputs(Ref("denoiser", arguments.level)):
+        Experiment(config).artifact(ref)  # what is missing is said before torchrun is started
+    command = [
+        "train",
+        *([arguments.experiment] if arguments.experiment else []),
+        f"--level={arguments.level}",
+        f"--device={arguments.device}",
+    ]
+    if arguments.until_step is not None:
+        command.append(f"--until-step={arguments.until_step}")
+    return launch.run_torchrun(command, num_processes=arguments.processes)
+
+
+def _work(experiment: Experiment, arguments: argparse.Namespace) -> int:
+    """One worker. Rank 0 reports the exit code; a refusal that all workers share ends without torchrun's noise."""
+    from nestdiff_core import stages
+    from nestdiff_core.devices import choose_device, process_group
+
+    rank, alone = int(os.environ["RANK"]), os.environ["WORLD_SIZE"] == "1"
+    try:
+        device = choose_device(arguments.device)
+        with process_group(device), _reporting(rank) as progress:
+            stages.train(experiment, arguments.level, device=device, progress=progress, until_step=arguments.until_step)
+        code = 0
+    except NestdiffError as error:
+        code = error.code
+        if rank == 0:
+            print(error, error.to_json(), sep="\n", file=sys.stderr, flush=True)
+        if not (alone or isinstance(error, Interrupted)):
+            launch.report_exit(code)
+            raise SystemExit(code) from None  # the others may wait for this worker: torchrun has to end them
+    if rank == 0:
+        launch.report_exit(code)
+    return 0
+
+
+@contextlib.contextmanager
+def _reporting(rank: int):
+    """Rank 0 reports home: to Dagster where it was launched from there, else to the terminal."""
+    listener: Progress = silent
+    with contextlib.ExitStack() as stack:
+        if rank == 0 and "DAGSTER_PIPES_CONTEXT" in os.environ:
+            from dagster_pipes import open_dagster_pipes
+
+            listener = LogProgress(stack.enter_context(open_dagster_pipes()).log.info)
+        elif rank == 0:
+            listener = TerminalProgress()
+            stack.callback(listener.close)
+        yield listener

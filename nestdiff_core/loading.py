@@ -1,0 +1,147 @@
+"""Opening what stages left: the index, readers, bases and denoisers of an experiment, ready to use in a notebook.
+
+Every function raises IntegrityError when the artifact is missing, with the command that makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nestdiff_core.autoencoders import make_autoencoder
+from nestdiff_core.config import ExperimentConfig
+from nestdiff_core.diffusion.cascade import sample_cascade
+from nestdiff_core.errors import IntegrityError
+from nestdiff_core.evaluation.samples import to_uint8
+from nestdiff_core.experiment import Experiment, Ref
+from nestdiff_core.images import ImageIndex
+from nestdiff_core.latents.basis import Basis
+from nestdiff_core.models.nested import NestedDenoiser, build_denoiser
+from nestdiff_core.progress import Progress, silent
+from nestdiff_core.stores.reader import StoreReader
+from nestdiff_core.training.data import LatentBatches
+
+STORE = "store.zarr"
+BASIS = "basis.safetensors"
+EMA = "ema.safetensors"
+
+
+def open_index(x: Experiment) -> ImageIndex:
+    return ImageIndex(x.artifact(Ref("images")))
+
+
+class SplitImages:
+    """The real images of a split, as evaluation reads them: in order, one shard in memory at a time."""
+
+    def __init__(self, index: ImageIndex, split: str) -> None:
+        self.index, self.rows = index, index.rows(split)
+        self._first_rows = np.array([shard.first_row for shard in index.shards])
+        self._shard, self._images = -1, np.empty(0, np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        row = self.rows[i]
+        shard = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        if shard != self._shard:
+            self._shard, self._images = shard, self.index.read_shard(shard)
+        return self._images[row - self._first_rows[shard]]
+
+
+def open_features(x: Experiment, array: str = "map") -> StoreReader:
+    """The stored encoder outputs: `map` (N, C, S, S) or `vector` (N, D), of exactly the images of the index."""
+    artifact, images = x.artifact(Ref("features")), x.artifact(Ref("images"))
+    if artifact.info["images"] != images.digest:
+        raise IntegrityError(
+            "The feature store does not cover the images of the index",
+            stage="features",
+            path=artifact.path,
+            expected=images.digest,
+            found=artifact.info["images"],
+            fix="Materialise `features` again: only new or changed shards are encoded.",
+        )
+    return StoreReader(artifact.path / STORE, array)
+
+
+def open_basis(x: Experiment, level: int) -> Basis:
+    return Basis.load(x.artifact(Ref("svd_basis", level)).path / BASIS)
+
+
+def open_latents(x: Experiment, level: int) -> StoreReader:
+    return StoreReader(x.artifact(Ref("latents", level)).path / STORE, f"z_{level}")
+
+
+def num_classes(config: ExperimentConfig, index: ImageIndex) -> int:
+    """Classes that denoisers are told of: 0 for an unconditional experiment."""
+    return index.num_classes if config.conditioning.labels == "class" else 0
+
+
+def latent_batches(x: Experiment, level: int) -> LatentBatches:
+    """Latents of a level and of its conditions, and labels where denoisers read them."""
+    index = open_index(x)
+    readers = {m: open_latents(x, m) for m in (*x.config.levels_above(level), level)}
+    return LatentBatches(readers, index.labels if num_classes(x.config, index) else None)
+
+
+def open_denoiser(x: Experiment, level: int, *, device: str = "cpu") -> NestedDenoiser:
+    """The trained denoiser of a level: its EMA weights, in eval mode."""
+    artifact = x.artifact(Ref("denoiser", level))
+    model = build_denoiser(x.config, level, num_classes(x.config, open_index(x)))
+    model.load_state_dict(load_file(artifact.path / EMA))
+    return model.to(device).eval()
+
+
+def generate(
+    x: Experiment,
+    image_indices: Iterable[int],
+    *,
+    seed: int,
+    given: dict[int, Tensor] | None = None,
+    null_conditions: bool = False,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> dict[int, Tensor]:
+    """Latents z_l (N, C, H, W) of every level, sampled from the top down; see `diffusion.sample_cascade`.
+
+    image_indices: which images; image i depends on (seed, i) only. given: latents of levels that are not sampled.
+    null_conditions: withhold every condition. A class-conditional experiment cycles through its classes: image i has
+    label i mod num_classes.
+    """
+    indices, given = list(image_indices), given or {}
+    denoisers = {
+        level: open_denoiser(x, level, device=device)
+        for level in range(1, x.config.num_levels + 1)
+        if level not in given
+    }
+    classes = num_classes(x.config, open_index(x))
+    labels = torch.tensor([i % classes for i in indices]) if classes else None
+    return sample_cascade(
+        denoisers,
+        x.config,
+        image_indices=indices,
+        seed=seed,
+        labels=labels,
+        given=given,
+        null_conditions=null_conditions,
+        device=torch.device(device),
+        progress=progress,
+    )
+
+
+def generate_without_conditions(
+    x: Experiment, image_indices: Iterable[int], *, seed: int, device: str = "cpu", progress: Progress = silent
+) -> Tensor:
+    """z_1 (N, C, H, W) as the denoiser of level 1 alone makes it: what the levels above add is the difference."""
+    indices = list(image_indices)
+    unread = {m: torch.zeros(len(indices), *x.config.latent_shape(m)) for m in range(2, x.config.num_levels + 1)}
+    return generate(x, indices, seed=seed, given=unread, null_conditions=True, device=device, progress=progress)[1]
+
+
+def decode(x: Experiment, z_1: Tensor) -> np.ndarray:
+    """Images uint8 (N, H, W, C) of latents of level 1."""
+    return to_uint8(make_autoencoder(x.config.autoencoder).decode(z_1.float().cpu()))

@@ -1,0 +1,349 @@
+"""The pipeline, stage by stage: what Dagster's assets, the command line and a notebook call.
+
+Each function takes an `Experiment`, makes its artifact(s) and returns them. What is there already and whole is
+checked and returned, never made again; what is there but damaged is made again, and says so. An input that is
+missing is an IntegrityError with the command that makes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from nestdiff_core import loading
+from nestdiff_core.artifacts import Artifact, ArtifactWriter, is_sealed, open_artifact, write_json, writing
+from nestdiff_core.autoencoders import make_autoencoder
+from nestdiff_core.config_io import to_dict
+from nestdiff_core.encoders import build_encoder, extract_features, load_encoder
+from nestdiff_core.errors import ConfigError, IntegrityError
+from nestdiff_core.evaluation.card import SampleOrigin
+from nestdiff_core.evaluation.report import evaluate
+from nestdiff_core.evaluation.samples import load_samples, save_samples
+from nestdiff_core.experiment import Experiment, Ref
+from nestdiff_core.images import build_images
+from nestdiff_core.latents.basis import fit_basis
+from nestdiff_core.latents.hierarchy import encode_levels, level_moments
+from nestdiff_core.latents.moments import Moments
+from nestdiff_core.models import count_macs, count_parameters
+from nestdiff_core.progress import Progress, silent
+from nestdiff_core.stores.reader import StoreReader
+from nestdiff_core.stores.writer import create_store, write_shard
+from nestdiff_core.training.loop import Trainer, stop_on_signals
+
+logger = logging.getLogger("nestdiff")
+
+CHECKPOINTS = "checkpoints"
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def images(x: Experiment, *, progress: Progress = silent) -> Artifact:
+    """Validate the source and write the image index (and shards, for sources that have none)."""
+    ref = Ref("images")
+    if (made := _reuse(x, ref)) is not None:
+        return made
+    with writing(x.path(ref), x.header(ref)) as writer:
+        return writer.seal(**build_images(x.config.images, writer, progress=progress))
+
+
+def encoder(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -> Artifact:
+    """Pre-train or load the frozen encoder and measure it (kNN accuracy where there are labels)."""
+    ref = Ref("encoder")
+    if (made := _reuse(x, ref)) is not None:
+        return made
+    index = loading.open_index(x)
+    with writing(x.path(ref), x.header(ref)) as writer:
+        return writer.seal(**build_encoder(x.config.encoder, index, writer, device=device, progress=progress))
+
+
+def features(
+    x: Experiment, *, shards: Sequence[str] | None = None, device: str = "cpu", progress: Progress = silent
+) -> tuple[Artifact | None, dict[str, dict[str, Any]]]:
+    """Encode image shards (all, or those named) into the feature store, one committed part a shard.
+
+    Returns the sealed artifact, or None while shards are still missing, and the record of each shard asked for.
+    A shard whose part is whole and was made from the same image shard is not encoded again.
+    """
+    ref, config, index = Ref("features"), x.config.features, loading.open_index(x)
+    names = [shard.name for shard in index.shards]
+    asked = names if shards is None else list(shards)
+    if unknown := sorted(set(asked) - set(names)):
+        raise ConfigError(
+            "The image index has no such shard",
+            stage="features",
+            key=unknown[0],
+            expected=names,
+            found=unknown,
+            fix="Materialise `images` again if the source has grown.",
+        )
+    if (made := _reuse(x, ref)) is not None and made.info["images"] == x.artifact(Ref("images")).digest:
+        return made, {name: made.info["parts"][name] for name in asked}
+    frozen = load_encoder(x.artifact(Ref("encoder")), device=device)
+    shapes = {"map": (frozen.map_channels, frozen.map_side, frozen.map_side), "vector": (frozen.vector_channels,)}
+    with writing(x.path(ref), x.header(ref), keep_parts=True) as writer:
+        store = writer.path / loading.STORE
+        counts = [shard.count for shard in index.shards]
+        create_store(
+            store, shapes, config.dtype, counts, config.chunk_rows, {"fingerprint": writer.header["fingerprint"]}
+        )
+        for done, name in enumerate(asked):
+            k = names.index(name)
+            record, source = writer.part(name), index.shards[k].sha256
+            if record is None or record["source"] != source:
+                feature_map, vector = extract_features(frozen, index.read_shard(k), config.batch_size, config.dtype)
+                files = write_shard(store, k, {"map": feature_map, "vector": vector})
+                writer.commit_part(name, files, rows=counts[k], source=source)
+            progress(done + 1, len(asked), "features")
+        parts = {
+            shard.name: {"rows": shard.count}
+            for shard in index.shards
+            if (part := writer.part(shard.name)) is not None and part["source"] == shard.sha256
+        }
+        records = {name: parts[name] for name in asked}
+        if len(parts) < len(names):
+            return None, records
+        digest = x.artifact(Ref("images")).digest
+        return writer.seal(
+            images=digest, rows=index.num_images, parts=parts, map=shapes["map"], vector=shapes["vector"]
+        ), records
+
+
+# --- hierarchy ----------------------------------------------------------------------------------------------------
+
+
+def bases(x: Experiment, levels: Sequence[int] | None = None, *, progress: Progress = silent) -> dict[int, Artifact]:
+    """Fit and persist the SVD basis of each level (default: 2..L), all from one read of the features."""
+    levels = range(2, x.config.num_levels + 1) if levels is None else levels
+    _moments(x, [level for level in levels if _reuse(x, Ref("moments", level)) is None], progress)
+    made = {}
+    for level in levels:
+        ref = Ref("svd_basis", level)
+        artifact = _reuse(x, ref)
+        if artifact is None:
+            moments = Moments.load(x.artifact(Ref("moments", level)).path / "moments.npz")
+            basis = fit_basis(moments, x.config.level(level).channels, level)
+            with writing(x.path(ref), x.header(ref)) as writer:
+                basis.save(writer.path / loading.BASIS)
+                artifact = writer.seal(**basis.summary())
+        made[level] = artifact
+    return made
+
+
+def _moments(x: Experiment, levels: Sequence[int], progress: Progress) -> None:
+    if not levels:
+        return
+    index, reader = loading.open_index(x), loading.open_features(x)
+    channels, side = reader.shape[1], reader.shape[2]
+    for level in levels:
+        config = x.config.level(level)
+        for name, found, limit in (("grid", config.grid, side), ("channels", config.channels, channels)):
+            if found > limit:
+                raise ConfigError(
+                    f"Level {level} asks more than the encoder's feature map has",
+                    stage="svd_basis",
+                    level=level,
+                    key=f"levels.{name}",
+                    expected=f"at most {limit}",
+                    found=found,
+                    fix="Lower it, or use another encoder.",
+                )
+    grids = {x.config.level(level).grid: level for level in levels}  # levels with one grid share their moments
+    by_grid = level_moments(reader, sorted(grids), index.rows("train"), progress=progress)
+    for grid, level in grids.items():
+        ref = Ref("moments", level)
+        with writing(x.path(ref), x.header(ref)) as writer:
+            by_grid[grid].save(writer.path / "moments.npz")
+            writer.seal(tokens=by_grid[grid].count)
+
+
+def latents(x: Experiment, levels: Sequence[int] | None = None, *, progress: Progress = silent) -> dict[int, Artifact]:
+    """Materialise z_l of the given levels (default: all); one read of the features serves levels 2..L."""
+    levels = range(1, x.config.num_levels + 1) if levels is None else levels
+    made = {level: artifact for level in levels if (artifact := _reuse(x, Ref("latents", level))) is not None}
+    todo = [level for level in levels if level not in made]
+    if not todo:
+        return made
+    index, config = loading.open_index(x), x.config.features
+    autoencoder = make_autoencoder(x.config.autoencoder)
+    level_bases = {level: loading.open_basis(x, level) for level in todo if level > 1}
+    reader = loading.open_features(x) if level_bases else None
+    with contextlib.ExitStack() as stack:
+        writers: dict[int, ArtifactWriter] = {}
+        for level in todo:
+            ref = Ref("latents", level)
+            writer = writers[level] = stack.enter_context(writing(x.path(ref), x.header(ref), keep_parts=True))
+            create_store(
+                writer.path / loading.STORE,
+                {f"z_{level}": x.config.latent_shape(level)},
+                config.dtype,
+                [shard.count for shard in index.shards],
+                config.chunk_rows,
+                {"fingerprint": writer.header["fingerprint"]},
+            )
+        for k, shard in enumerate(index.shards):
+            missing = [level for level in todo if writers[level].part(shard.name) is None]
+            z: dict[int, np.ndarray] = {}
+            if 1 in missing:
+                z[1] = autoencoder.encode(index.read_shard(k)).numpy()
+            wanted = {level: (x.config.level(level).grid, level_bases[level]) for level in missing if level > 1}
+            if reader is not None and wanted:
+                z |= encode_levels(reader.read_shard(k), wanted)
+            for level, z_l in z.items():
+                files = write_shard(writers[level].path / loading.STORE, k, {f"z_{level}": z_l})
+                writers[level].commit_part(shard.name, files, rows=shard.count)
+            progress(k + 1, len(index.shards), "latents")
+        for level, writer in writers.items():
+            reader_l = StoreReader(writer.path / loading.STORE, f"z_{level}")
+            mean, std = _channel_statistics(reader_l, index.rows("train"))
+            made[level] = writer.seal(
+                rows=index.num_images, shape=x.config.latent_shape(level), mean=mean.tolist(), std=std.tolist()
+            )
+    return made
+
+
+def _channel_statistics(reader: StoreReader, rows: np.ndarray, block: int = 4096) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation per channel over images and positions, in float64, two passes."""
+    blocks = [rows[start : start + block] for start in range(0, len(rows), block)]
+    count, channels = len(rows) * int(np.prod(reader.shape[2:])), reader.shape[1]
+    mean, variance = np.zeros(channels), np.zeros(channels)
+    for b in blocks:
+        mean += reader.read(b).sum(axis=(0, 2, 3), dtype=np.float64) / count
+    for b in blocks:
+        variance += ((reader.read(b) - mean[:, None, None]) ** 2).sum(axis=(0, 2, 3)) / count
+    return mean, np.sqrt(variance)
+
+
+# --- denoisers ----------------------------------------------------------------------------------------------------
+
+
+def train(
+    x: Experiment, level: int, *, device: str = "cpu", progress: Progress = silent, until_step: int | None = None
+) -> Artifact | None:
+    """Train the denoiser of `level` and export its EMA; the same call resumes.
+
+    Runs in each process of a torchrun group.
+
+    Returns the sealed artifact in the first process (None in the others, and where `until_step` ended it early).
+    Raises Interrupted after saving when a SIGTERM or SIGINT came.
+    """
+    x.config.level(level)  # a wrong number is refused before anything is read
+    ref = Ref("denoiser", level)
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    if (made := _reuse(x, ref)) is not None:
+        return made
+    batches, index = loading.latent_batches(x, level), loading.open_index(x)
+    path, header = x.path(ref), x.header(ref)
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(writing(path, header, keep_parts=True)) if rank == 0 else None
+        stop = stack.enter_context(stop_on_signals())
+        trainer = Trainer(
+            x.config,
+            level,
+            batches,
+            train_rows=index.rows("train"),
+            held_out_rows=index.rows("held_out"),
+            num_classes=loading.num_classes(x.config, index),
+            folder=path / CHECKPOINTS,
+            device=torch.device(device),
+            record={k: header[k] for k in ("fingerprint", "config", "inputs")},
+            warn=logger.warning,
+        )
+        trainer.run(progress=progress, stop=stop, until_step=until_step)
+        if writer is None or trainer.step < trainer.train.num_steps:
+            return None
+        return _export(x, trainer, writer)
+
+
+def _export(x: Experiment, trainer: Trainer, writer: ArtifactWriter) -> Artifact:
+    """What everyone else reads: the EMA weights, how to build the network, the history of the run."""
+    shapes = {f"z_{m}": list(shape) for m, shape in trainer.batches.shapes().items()}
+    save_file({name: value.cpu().contiguous() for name, value in trainer.ema.items()}, writer.path / loading.EMA)
+    write_json(writer.path / "config.json", {**writer.header, "shapes": shapes, "experiment_config": to_dict(x.config)})
+    write_json(writer.path / "history.json", trainer.history)
+    last = {k: v for k, v in trainer.history[-1].items() if k not in ("step", "images_per_second")}
+    return writer.seal(
+        beside=(CHECKPOINTS, "history.json"),
+        step=trainer.step,
+        parameters=count_parameters(trainer.model),
+        macs=count_macs(trainer.model),
+        **last,
+    )
+
+
+# --- samples and numbers ------------------------------------------------------------------------------------------
+
+
+def samples(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -> Artifact:
+    """Sample the cascade: samples.npz, the latents of the levels above, and what level 1 makes without conditions."""
+    ref, config = Ref("samples"), x.config.sampling
+    if (made := _reuse(x, ref)) is not None:
+        return made
+    indices = range(config.num_images)
+    with writing(x.path(ref), x.header(ref)) as writer:
+        z = loading.generate(x, indices, seed=config.seed, device=device, progress=progress)
+        pictures = loading.decode(x, z[1])
+        save_samples(writer.path / "samples.npz", pictures)
+        if x.config.num_levels > 1:
+            save_file(
+                {f"z_{m}": z[m].half().cpu().contiguous() for m in z if m > 1}, writer.path / "latents.safetensors"
+            )
+            bare = loading.generate_without_conditions(x, indices, seed=config.seed, device=device, progress=progress)
+            save_samples(writer.path / "without_conditions.npz", loading.decode(x, bare))
+        return writer.seal(images=len(pictures), minimum=int(pictures.min()), maximum=int(pictures.max()))
+
+
+def evaluation(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -> Artifact:
+    """The numbers of the sample set against the training images, each with its metric card, in metrics.json."""
+    ref = Ref("evaluation")
+    if (made := _reuse(x, ref)) is not None:
+        return made
+    index, sampled = loading.open_index(x), x.artifact(Ref("samples"))
+    reference, held_out = loading.SplitImages(index, "train"), loading.SplitImages(index, "held_out")
+    bare = sampled.path / "without_conditions.npz"
+    checkpoints = {level.level: x.artifact(Ref("denoiser", level.level)).digest for level in x.config.levels}
+    label_sampling = "none" if x.config.conditioning.labels == "none" else "image index modulo number of classes"
+    with writing(x.path(ref), x.header(ref)) as writer:
+        record = evaluate(
+            load_samples(sampled.path / "samples.npz", num_images=x.config.sampling.num_images),
+            reference,
+            held_out,
+            x.config.evaluation,
+            origin=SampleOrigin.of(x.config, checkpoints, label_sampling=label_sampling),
+            encoder=load_encoder(x.artifact(Ref("encoder")), device=device),
+            others={"without_conditions": load_samples(bare)} if bare.is_file() else {},
+            reference_labels=index.labels[reference.rows] if index.num_classes else None,
+            held_out_labels=index.labels[held_out.rows] if index.num_classes else None,
+            device=device,
+        )
+        for warning in record["warnings"]:
+            logger.warning(warning)
+        write_json(writer.path / "metrics.json", record)
+        return writer.seal(**record)
+
+
+# --- what is there already ----------------------------------------------------------------------------------------
+
+
+def _reuse(x: Experiment, ref: Ref) -> Artifact | None:
+    """The sealed artifact if every file is as its manifest says.
+
+    None when it has to be made (again); its inputs have then been checked, file by file.
+    """
+    path = x.path(ref)
+    if is_sealed(path):
+        artifact = open_artifact(path, stage=ref.stage)
+        try:
+            artifact.verify()
+            return artifact
+        except IntegrityError as error:
+            logger.warning("%s It is made again.", error)
+    for needed in x.inputs(ref):
+        x.artifact(needed).verify()
+    return None

@@ -1,0 +1,141 @@
+"""A training job as processes: stops well, resumes to the bit, leaves no orphan, and keeps a second one out."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nestdiff_core.cli.digest import experiment_digests
+from nestdiff_core.experiment import Experiment, Ref
+from nestdiff_core.recipes import load_experiment
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STEPS = 300
+
+
+@pytest.fixture
+def long_run(toy_run: Any, tmp_path: Path) -> Experiment:
+    """The toy experiment with a longer training of level 2, its latents made and nothing trained."""
+    for stage in ("images", "encoder", "features", "moments", "svd_basis", "latents"):
+        shutil.copytree(toy_run.root / stage, tmp_path / stage)
+    return with_steps(tmp_path, STEPS)
+
+
+def with_steps(root: Path, num_steps: int) -> Experiment:
+    path = root / "long.yaml"
+    path.write_text(
+        "recipe: toy\n"
+        f"levels.2.train: {{num_steps: {num_steps}, checkpoint_every: 50, log_every: 50, keep_last: 100}}\n"
+    )
+    return Experiment(load_experiment(path), root)
+
+
+def start(experiment: Experiment, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "nestdiff_core", "train", str(experiment.root / "long.yaml"), "--level=2", *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "NESTDIFF_HOME": str(experiment.root)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"{what} did not happen within {seconds} s")
+
+
+def checkpoints(experiment: Experiment) -> list[str]:
+    return sorted(p.name for p in (experiment.path(Ref("denoiser", 2)) / "checkpoints").glob("step_*"))
+
+
+def our_processes(experiment: Experiment) -> list[int]:
+    """Live processes whose command line names this experiment."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and str(experiment.root).encode() in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def denoiser_digests(experiment: Experiment) -> dict[str, str | None]:
+    return {
+        name: value for name, value in experiment_digests(experiment).items() if name.startswith("denoiser_level_2")
+    }
+
+
+def test_stops_and_kills_do_not_change_the_result(
+    long_run: Experiment, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """SIGTERM (exit 75), then kill -9 of the parent, then the rest: the same bits as one run, and no process left."""
+    whole = tmp_path_factory.mktemp("whole")
+    shutil.copytree(long_run.root, whole, dirs_exist_ok=True)
+    reference = Experiment(long_run.config, whole)
+    assert start(reference).wait(timeout=120) == 0
+
+    first = start(long_run)
+    wait_for(lambda: checkpoints(long_run), 60, "a first checkpoint")
+    first.send_signal(signal.SIGTERM)
+    errors = first.communicate(timeout=30)[1]
+    assert first.returncode == 75
+    assert json.loads(errors.splitlines()[-1])["code"] == 75
+    stopped_at = checkpoints(long_run)[-1]
+    assert not our_processes(long_run)
+
+    second = start(long_run)
+    wait_for(lambda: checkpoints(long_run)[-1] > stopped_at, 60, "another checkpoint")
+    second.kill()
+    second.wait()
+    wait_for(lambda: not our_processes(long_run), 20, "the end of every process after kill -9 of the parent")
+
+    assert start(long_run).wait(timeout=120) == 0
+    assert denoiser_digests(long_run) == denoiser_digests(reference)
+    assert None not in denoiser_digests(long_run).values()
+
+
+def test_a_second_launch_is_refused_while_the_first_lives(long_run: Experiment) -> None:
+    """Two trainings of one level cannot share its directory: the second says who holds it, with exit code 5."""
+    endless = with_steps(long_run.root, 1_000_000)
+    first = start(endless)
+    try:
+        wait_for(lambda: checkpoints(endless), 60, "a first checkpoint")
+        second = start(endless)
+        errors = second.communicate(timeout=60)[1]
+        assert second.returncode == 5
+        assert "locked by pid" in json.loads(errors.splitlines()[-1])["found"]
+    finally:
+        first.send_signal(signal.SIGTERM)
+        first.communicate(timeout=30)
+    assert first.returncode == 75
+
+
+def test_two_processes_train_like_one(long_run: Experiment, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The same global batch on one and on two processes gives the same losses, to rounding."""
+    other = tmp_path_factory.mktemp("two")
+    shutil.copytree(long_run.root, other, dirs_exist_ok=True)
+    two = Experiment(long_run.config, other)
+    assert start(long_run, "--until-step=50").wait(timeout=120) == 0
+    assert start(two, "--until-step=50", "--processes=2").wait(timeout=120) == 0
+    lines = [
+        json.loads((x.path(Ref("denoiser", 2)) / "checkpoints" / "step_00000050" / "state.json").read_text())[
+            "history"
+        ][-1]
+        for x in (long_run, two)
+    ]
+    for name in ("loss", "held_out_loss", "gradient_norm"):
+        assert lines[1][name] == pytest.approx(lines[0][name], rel=1e-4)

@@ -1,0 +1,185 @@
+"""The trainer: resumes to the bit, learns what there is to learn, stops on numbers that are not finite."""
+
+import dataclasses
+import hashlib
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nestdiff_core.config import ConditioningConfig, ExperimentConfig
+from nestdiff_core.errors import Interrupted, NumericsError
+from nestdiff_core.recipes import toy
+from nestdiff_core.stores.reader import StoreReader
+from nestdiff_core.stores.writer import create_store, write_shard
+from nestdiff_core.training.checkpoint import list_checkpoints
+from nestdiff_core.training.data import BatchOrder, LatentBatches
+from nestdiff_core.training.loop import Trainer, stop_on_signals
+
+NUM_IMAGES = 48
+
+
+def config_with(level: int = 1, **train: object) -> ExperimentConfig:
+    base = toy()
+    level_config = dataclasses.replace(base.level(level), train=dataclasses.replace(base.level(level).train, **train))  # pyright: ignore[reportArgumentType]
+    levels = tuple(level_config if entry.level == level else entry for entry in base.levels)
+    return dataclasses.replace(base, levels=levels, conditioning=ConditioningConfig(labels="class"))
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory: pytest.TempPathFactory) -> LatentBatches:
+    """Correlated random latents of the toy experiment's two levels, in real stores."""
+    folder, rng, readers = tmp_path_factory.mktemp("latents"), np.random.default_rng(0), {}
+    top = rng.standard_normal((NUM_IMAGES, 4, 2, 2)).astype(np.float32)
+    image = np.tanh(np.repeat(np.repeat(top[:, :1], 4, 2), 4, 3))
+    for level, z in {1: image, 2: top}.items():
+        create_store(folder / f"{level}.zarr", {f"z_{level}": z.shape[1:]}, "float16", [NUM_IMAGES], 16, {})
+        write_shard(folder / f"{level}.zarr", 0, {f"z_{level}": z})
+        readers[level] = StoreReader(folder / f"{level}.zarr", f"z_{level}")
+    return LatentBatches(readers, np.arange(NUM_IMAGES) % 10)
+
+
+def trainer(
+    batches: LatentBatches, folder: Path, config: ExperimentConfig | None = None, warnings: list[str] | None = None
+) -> Trainer:
+    return Trainer(
+        config or config_with(),
+        1,
+        batches,
+        train_rows=np.arange(40),
+        held_out_rows=np.arange(40, NUM_IMAGES),
+        num_classes=10,
+        folder=folder,
+        device=torch.device("cpu"),
+        record={},
+        warn=(warnings or []).append,
+    )
+
+
+def state_hash(t: Trainer) -> str:
+    """One hash over model, EMA, optimiser, step and losses."""
+    total = hashlib.sha256()
+    state = t.optimizer.state_dict()["state"]
+    slots = [value for index in sorted(state) for _, value in sorted(state[index].items())]
+    for tensor in [*t.model.state_dict().values(), *t.ema.values(), *slots]:
+        total.update(tensor.numpy().tobytes())
+    history = [sorted((k, v) for k, v in line.items() if k != "images_per_second") for line in t.history]
+    total.update(repr((t.step, history, t.recent)).encode())
+    return total.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(batches: LatentBatches, tmp_path_factory: pytest.TempPathFactory) -> str:
+    whole = trainer(batches, tmp_path_factory.mktemp("whole"))
+    whole.run()
+    return state_hash(whole)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5, 10, 12, 19])
+def test_resume_equals_an_uninterrupted_run(
+    batches: LatentBatches, tmp_path: Path, uninterrupted: str, stop: int
+) -> None:
+    """N steps, a new trainer, the rest: model, EMA, optimiser and losses are the same bits, wherever it stopped."""
+    first = trainer(batches, tmp_path)
+    first.run(until_step=stop)
+    second = trainer(batches, tmp_path)
+    assert second.step == stop
+    second.run()
+    assert state_hash(second) == uninterrupted
+
+
+def test_every_step_boundary_is_a_new_seed(batches: LatentBatches, tmp_path: Path) -> None:
+    """Two steps never see the same noise, and the noise of a step does not depend on what came before."""
+    t = trainer(batches, tmp_path)
+    draws = [t._draw(0, step, 8, 0.5) for step in (0, 1, 0)]
+    assert not torch.equal(draws[0].eps, draws[1].eps)
+    assert torch.equal(draws[0].eps, draws[2].eps) and torch.equal(draws[0].eta[2], draws[2].eta[2])
+
+
+def test_a_damaged_checkpoint_is_passed_over(batches: LatentBatches, tmp_path: Path, uninterrupted: str) -> None:
+    """A flipped bit in the newest checkpoint means the one before it, said aloud, and the same result in the end."""
+    first = trainer(batches, tmp_path)
+    first.run(until_step=12)
+    newest = list_checkpoints(tmp_path)[-1] / "ema.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-5] ^= 1
+    newest.write_bytes(data)
+    warnings: list[str] = ["start"]
+    second = trainer(batches, tmp_path, warnings=warnings)
+    assert second.step == 10 and "step_00000012" in warnings[1] and "ema.safetensors" in warnings[1]
+    second.run()
+    assert state_hash(second) == uninterrupted
+
+
+def test_only_the_last_checkpoints_are_kept(batches: LatentBatches, tmp_path: Path) -> None:
+    """keep_last says how many directories there are, and no temporary one stays."""
+    trainer(batches, tmp_path, config_with(checkpoint_every=4, keep_last=3)).run()
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step_00000012", "step_00000016", "step_00000020"]
+
+
+def test_a_signal_saves_and_stops(batches: LatentBatches, tmp_path: Path) -> None:
+    """SIGTERM during a step ends the run after that step, with a checkpoint of exactly it."""
+    t = trainer(batches, tmp_path)
+
+    def at_step_7(done: int, total: int, what: str, **numbers: float) -> None:
+        if done == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with stop_on_signals() as stop, pytest.raises(Interrupted) as caught:
+        t.run(progress=at_step_7, stop=stop)
+    assert caught.value.code == 75
+    assert trainer(batches, tmp_path).step == 7
+
+
+def test_explosion_stops_the_run(batches: LatentBatches, tmp_path: Path) -> None:
+    """A loss that is not finite is a NumericsError with level and step, and the last checkpoint stays."""
+    good = trainer(batches, tmp_path)
+    good.run(until_step=4)
+    bad = trainer(batches, tmp_path)
+    with torch.no_grad():
+        next(bad.model.parameters()).fill_(float("nan"))
+    with pytest.raises(NumericsError, match="step 4") as caught:
+        bad.run()
+    assert caught.value.level == 1
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000004"]
+
+
+def test_conditions_help_when_they_tell_the_image(batches: LatentBatches, tmp_path: Path) -> None:
+    """Where z_1 is a function of z_2, the held-out loss with the true condition falls well below that without it."""
+    config = config_with(num_steps=400, batch_size=40, lr=3e-3, ema_decay=0.98, checkpoint_every=400, log_every=400)
+    config = dataclasses.replace(
+        config, levels=(config.level(1), dataclasses.replace(config.level(2), condition_noise=0.0))
+    )
+    t = trainer(batches, tmp_path, config)
+    t.run()
+    assert t.history[-1]["held_out_loss"] < 0.8 * t.history[-1]["held_out_loss_without_conditions"]
+
+
+def test_learning_rate_schedule(batches: LatentBatches, tmp_path: Path) -> None:
+    """The warm-up is linear and ends at lr; constant stays there, cosine ends at zero, half-way at a half."""
+    constant = trainer(batches, tmp_path, config_with(warmup_steps=4, lr=1.0))
+    assert [constant.learning_rate(s) for s in (0, 1, 3, 4, 19)] == [0.25, 0.5, 1.0, 1.0, 1.0]
+    cosine = trainer(batches, tmp_path, config_with(warmup_steps=4, lr=1.0, lr_decay="cosine"))
+    assert [cosine.learning_rate(s) for s in (3, 12)] == pytest.approx([1.0, 0.5])
+    assert cosine.learning_rate(20) == pytest.approx(0.0)
+
+
+def test_order_visits_every_image_once_an_epoch() -> None:
+    """Batches run through one permutation after another; each epoch has each row exactly once."""
+    rows = np.arange(100, 110)
+    order = BatchOrder(rows, 4, seed=3)
+    drawn = np.concatenate([order.batch(step) for step in range(10)])
+    epochs = drawn.reshape(4, 10)
+    assert (np.sort(epochs, axis=1) == rows).all()
+    assert not (epochs[0] == epochs[1]).all()
+    again = BatchOrder(rows, 4, seed=3)
+    assert (again.batch(7) == order.batch(7)).all()  # from the middle, without the steps before
+
+
+def test_batch_larger_than_the_set() -> None:
+    """A set smaller than a batch recurs within it, evenly."""
+    batch = BatchOrder(np.arange(3), 7, seed=0).batch(0)
+    assert np.bincount(batch).tolist() in ([2, 2, 3], [2, 3, 2], [3, 2, 2])
