@@ -1,0 +1,94 @@
+"""The hierarchy: an SVD basis per level, and the latents z_1 .. z_L. One key per level, each can be made alone."""
+
+from collections.abc import Iterator
+
+import dagster as dg
+
+from assets.config import asset_spec, log_progress, refusals
+from assets.report import picture, result
+from assets.resources import ArtifactRoot
+from nestdiff_core.config import ExperimentConfig
+from nestdiff_core.experiment import Ref
+
+
+def _selected(context: dg.AssetExecutionContext, levels: dict[int, dg.AssetKey]) -> list[int]:
+    return [level for level, key in levels.items() if key in context.selected_asset_keys]
+
+
+def build_bases(experiment: ExperimentConfig) -> dg.AssetsDefinition:
+    specs = {
+        level.level: asset_spec(
+            experiment,
+            Ref("svd_basis", level.level),
+            kinds={"numpy"},
+            description=(
+                f"Centred SVD basis of level {level.level}: the {level.channels} leading components of the "
+                f"feature map pooled to "
+                f"{level.grid}x{level.grid}, fitted on the training split from mergeable second moments, with "
+                f"fixed signs, spectrum and "
+                "standardisation statistics."
+            ),
+        )
+        for level in experiment.levels[1:]
+    }
+    keys = {level: spec.key for level, spec in specs.items()}
+
+    @dg.multi_asset(name="svd_basis", specs=[spec._replace(skippable=True) for spec in specs.values()], can_subset=True)
+    def svd_basis(context: dg.AssetExecutionContext, artifacts: ArtifactRoot) -> Iterator[dg.MaterializeResult]:
+        from nestdiff_core import loading, stages
+        from nestdiff_core.evaluation.figures import spectrum_plot
+
+        x = artifacts.experiment(experiment)
+        with refusals():
+            made = stages.bases(x, _selected(context, keys), progress=log_progress(context))
+        for level, artifact in made.items():
+            basis = loading.open_basis(x, level)
+            yield result(
+                artifact,
+                keys[level],
+                spectrum=picture(spectrum_plot({level: basis.eigenvalues}, {level: basis.channels})),
+                **artifact.info,
+            )
+
+    return svd_basis
+
+
+def build_latents(experiment: ExperimentConfig) -> dg.AssetsDefinition:
+    specs = {}
+    for level in experiment.levels:
+        channels, height, width = experiment.latent_shape(level.level)
+        what = (
+            "the image in the autoencoder's space"
+            if level.level == 1
+            else f"features pooled to the grid, projected on {channels} components, standardised per channel"
+        )
+        specs[level.level] = asset_spec(
+            experiment,
+            Ref("latents", level.level),
+            kinds={"zarr"},
+            description=f"z_{level.level}, {height}x{width}x{channels}: {what}. Stored clean; "
+            "condition noise is drawn when it is read.",
+        )
+    keys = {level: spec.key for level, spec in specs.items()}
+
+    @dg.multi_asset(name="latents", specs=[spec._replace(skippable=True) for spec in specs.values()], can_subset=True)
+    def latents(context: dg.AssetExecutionContext, artifacts: ArtifactRoot) -> Iterator[dg.MaterializeResult]:
+        from nestdiff_core import stages
+
+        with refusals():
+            made = stages.latents(
+                artifacts.experiment(experiment), _selected(context, keys), progress=log_progress(context)
+            )
+        for level, artifact in made.items():
+            info = artifact.info
+            yield result(
+                artifact,
+                keys[level],
+                rows=info["rows"],
+                shape=str(info["shape"]),
+                largest_mean=max(map(abs, info["mean"])),
+                smallest_std=min(info["std"]),
+                largest_std=max(info["std"]),
+            )
+
+    return latents

@@ -1,0 +1,53 @@
+"""Resources: where artifacts lie, and how a training job is started."""
+
+import os
+import sys
+from pathlib import Path
+
+import dagster as dg
+
+from nestdiff_core.config import ExperimentConfig
+from nestdiff_core.experiment import Experiment, home
+from nestdiff_core.recipes import save_experiment
+
+TERMINATION_TIMEOUT_SECONDS = 45.0  # a trainer saves within 15; torchrun waits 30
+
+
+class ArtifactRoot(dg.ConfigurableResource):
+    """The folder below which all artifacts lie."""
+
+    root: str = ""
+
+    def experiment(self, config: ExperimentConfig) -> Experiment:
+        return Experiment(config, Path(self.root).expanduser().absolute() if self.root else home())
+
+
+class LocalLauncher(dg.ConfigurableResource):
+    """Trains a level with torchrun on this machine, under Dagster Pipes: what it reports streams into the run's log,
+    and it ends with the run that started it. A launcher for a cluster is another resource with the same method.
+    """
+
+    def train(
+        self, context: dg.AssetExecutionContext, x: Experiment, level: int, *, device: str, processes: int
+    ) -> None:
+        client = dg.PipesSubprocessClient(termination_timeout_seconds=TERMINATION_TIMEOUT_SECONDS)
+        client.run(
+            context=context,
+            command=[
+                sys.executable,
+                "-m",
+                "nestdiff_core",
+                "train",
+                str(save_experiment(x.config, x.root)),
+                f"--level={level}",
+                f"--device={device}",
+                f"--processes={processes}",
+            ],
+            env={
+                "NESTDIFF_HOME": str(x.root),
+                "NESTDIFF_DIE_WITH_PARENT": "1",
+                "PYTHONPATH": os.pathsep.join(
+                    p for p in (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")) if p
+                ),
+            },
+        )

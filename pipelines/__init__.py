@@ -1,0 +1,1 @@
+"""How the assets are run: definitions, jobs, schedules and sensors."""

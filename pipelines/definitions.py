@@ -1,0 +1,39 @@
+"""The code location: the active experiment as assets, jobs, a schedule and a sensor.
+
+NESTDIFF_EXPERIMENT names the experiment (a recipe, or the path of a YAML file); `digits` without it.
+"""
+
+import dagster as dg
+
+from assets import checks, denoisers, encoder, evaluation, features, hierarchy, images
+from assets.resources import ArtifactRoot, LocalLauncher
+from nestdiff_core.config import ExperimentConfig
+from nestdiff_core.recipes import load_experiment
+from pipelines.jobs import build_jobs
+from pipelines.schedules import build_schedules
+from pipelines.sensors import build_sensors
+
+
+def build_definitions(config: ExperimentConfig) -> dg.Definitions:
+    """Everything Dagster needs to know of one experiment."""
+    jobs = build_jobs(config)
+    return dg.Definitions(
+        assets=[
+            images.build(config),
+            encoder.build(config),
+            features.build(config),
+            *([hierarchy.build_bases(config)] if config.num_levels > 1 else []),
+            hierarchy.build_latents(config),
+            *(denoisers.build(config, level) for level in range(1, config.num_levels + 1)),
+            evaluation.build_samples(config),
+            evaluation.build_evaluation(config),
+        ],
+        asset_checks=checks.build(config),
+        jobs=list(jobs.values()),
+        schedules=build_schedules(jobs["evaluate"]),
+        sensors=build_sensors(config, jobs["evaluate"]),
+        resources={"artifacts": ArtifactRoot(), "launcher": LocalLauncher()},
+    )
+
+
+defs = build_definitions(load_experiment())

@@ -1,0 +1,55 @@
+"""The jobs: selections of assets under the names that users type."""
+
+import dagster as dg
+from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
+
+from assets.config import asset_key
+from nestdiff_core.config import ExperimentConfig
+from nestdiff_core.experiment import Ref
+
+BUILD = ("images", "encoder", "features", "svd_basis", "latents")
+
+
+def build_jobs(config: ExperimentConfig) -> dict[str, UnresolvedAssetJobDefinition]:
+    """quickstart, build_latents, train_level_1 .. train_level_L, train_all_levels, evaluate; by name."""
+    levels = range(1, config.num_levels + 1)
+
+    def keys(stage: str) -> list[dg.AssetKey]:
+        match stage:
+            case "svd_basis":
+                return [asset_key(config, Ref(stage, level)) for level in levels if level > 1]
+            case "latents" | "denoiser":
+                return [asset_key(config, Ref(stage, level)) for level in levels]
+            case _:
+                return [asset_key(config, Ref(stage))]
+
+    def job(name: str, description: str, selected: list[dg.AssetKey]) -> UnresolvedAssetJobDefinition:
+        # In one process: steps are short or have a process of their own, and the multiprocess executor would import
+        # everything again for each (about 6 seconds).
+        return dg.define_asset_job(
+            name,
+            dg.AssetSelection.assets(*selected),
+            description=description,
+            executor_def=dg.in_process_executor,
+            # A terminal shows what stages say, not each of Dagster's own events.
+            config={"loggers": {"console": {"config": {"log_level": "INFO"}}}},
+        )
+
+    build = [key for stage in BUILD for key in keys(stage)]
+    train = keys("denoiser")
+    judge = [*keys("samples"), *keys("evaluation")]
+    jobs = [
+        job("quickstart", f"The whole experiment {config.name!r}, from images to numbers.", build + train + judge),
+        job("build_latents", "From images to the latents of every level.", build),
+        *(
+            job(
+                f"train_level_{level}",
+                f"Train (or resume) the denoiser of level {level}.",
+                [asset_key(config, Ref("denoiser", level))],
+            )
+            for level in levels
+        ),
+        job("train_all_levels", "Train (or resume) every denoiser; they do not depend on one another.", train),
+        job("evaluate", "Sample the cascade and compute its numbers, with fixed seeds.", judge),
+    ]
+    return {j.name: j for j in jobs}

@@ -1,0 +1,16 @@
+"""Evaluation by the clock."""
+
+import dagster as dg
+from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
+
+
+def build_schedules(evaluate: UnresolvedAssetJobDefinition) -> list[dg.ScheduleDefinition]:
+    return [
+        dg.ScheduleDefinition(
+            name="nightly_evaluation",
+            job=evaluate,
+            cron_schedule="0 3 * * *",
+            default_status=dg.DefaultScheduleStatus.STOPPED,
+            description="Evaluates the newest denoisers every night at three, with fixed seeds. Off until switched on.",
+        )
+    ]

@@ -1,0 +1,226 @@
+"""The whole pipeline at toy size: through Dagster, from the command line, again, and after changes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import numpy as np
+import pytest
+
+from nestdiff_core.cli.digest import experiment_digests
+from nestdiff_core.evaluation.samples import load_samples
+from nestdiff_core.experiment import Experiment, Ref
+from nestdiff_core.recipes import toy
+from pipelines.definitions import build_definitions
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def command(*arguments: str, root: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "NESTDIFF_HOME": str(root), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def refusal(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The one JSON line that a refusing command leaves on stderr."""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("{")]
+    assert len(lines) == 1, done.stderr
+    assert json.loads(lines[0])["code"] == done.returncode
+    return json.loads(lines[0])
+
+
+@pytest.fixture(scope="module")
+def experiment(toy_run: Any) -> Experiment:
+    assert toy_run.result.success
+    return Experiment(toy(), toy_run.root)
+
+
+def test_every_stage_is_materialised(toy_run: Any, experiment: Experiment) -> None:
+    """The quickstart job materialises every asset, each with the data version of the artifact on disk."""
+    materialised = {e.asset_key.to_user_string(): e for e in toy_run.result.get_asset_materialization_events()}
+    for ref in experiment.refs():
+        artifact = experiment.artifact(ref)
+        assert artifact.verify() > 0
+        if ref.stage == "moments":
+            continue
+        from assets.config import asset_key
+
+        event = materialised[asset_key(experiment.config, ref).to_user_string()]
+        tags = event.step_materialization_data.materialization.tags
+        assert tags["dagster/data_version"] == f"{artifact.fingerprint}.{artifact.digest}"
+
+
+def test_every_check_passes(toy_run: Any) -> None:
+    """Each asset check ran, and the blocking ones hold even for a toy."""
+    evaluations = toy_run.result.get_asset_check_evaluations()
+    assert {e.check_name for e in evaluations if e.passed} >= {
+        "index_complete",
+        "features_finite",
+        "standardised",
+        "checkpoint_loads",
+        "samples_finite_and_in_range",
+    }
+    assert len(evaluations) == 7
+
+
+def test_each_image_shard_is_a_partition(toy_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within one job, `features` records a materialisation for each shard."""
+    monkeypatch.setenv("DAGSTER_HOME", str(toy_run.dagster_home))
+    with dg.DagsterInstance.get() as instance:
+        assert instance.get_materialized_partitions(dg.AssetKey(["toy", "features"])) == {
+            "00000",
+            "00001",
+            "00002",
+            "00003",
+        }
+
+
+def test_samples_are_readable_by_others(experiment: Experiment) -> None:
+    """samples.npz holds arr_0, uint8 NHWC with three channels, one for each image asked for."""
+    path = experiment.artifact(Ref("samples")).path / "samples.npz"
+    with np.load(path) as arrays:
+        assert arrays["arr_0"].dtype == np.uint8
+        assert arrays["arr_0"].shape == (256, 8, 8, 3)
+    assert load_samples(path).shape == (256, 8, 8, 1)
+
+
+def test_the_command_line_makes_the_same(experiment: Experiment, tmp_path: Path) -> None:
+    """`python -m nestdiff_core run` without Dagster gives the same content in every stage, to the bit."""
+    done = command("nestdiff_core", "run", "toy", root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    digests = experiment_digests(Experiment(toy(), tmp_path))
+    assert None not in digests.values()
+    assert digests == experiment_digests(experiment)
+
+
+def test_again_is_a_check_not_work(experiment: Experiment) -> None:
+    """Running everything again rewrites nothing."""
+    files = [p for p in experiment.root.rglob("*") if p.is_file() and p.name != ".lock"]
+    before = {p: p.stat().st_mtime_ns for p in files}
+    done = command("nestdiff_core", "run", "toy", root=experiment.root)
+    assert done.returncode == 0, done.stderr
+    assert {p: p.stat().st_mtime_ns for p in experiment.root.rglob("*") if p.is_file() and p.name != ".lock"} == before
+
+
+def test_the_literal_dagster_command(toy_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dagster job execute -j train_level_2`, in the environment that the set-up makes, succeeds."""
+    done = command(
+        *("dagster", "job", "execute", "-j", "train_level_2"),
+        root=toy_run.root,
+        DAGSTER_HOME=str(toy_run.dagster_home),
+        NESTDIFF_EXPERIMENT="toy",
+        DAGSTER_CLI_JOB_EXECUTE_MODULE_NAME="pipelines.definitions",
+    )
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("DAGSTER_HOME", str(toy_run.dagster_home))
+    with dg.DagsterInstance.get() as instance:
+        (run,) = instance.get_runs(dg.RunsFilter(job_name="train_level_2"))
+    assert run.status is dg.DagsterRunStatus.SUCCESS
+
+
+def test_training_without_latents_says_what_to_run(tmp_path: Path) -> None:
+    """A missing input is exit code 4, before torchrun starts, with the command that makes it."""
+    record = refusal(command("nestdiff_core", "train", "toy", "--level=2", root=tmp_path))
+    assert record["code"] == 4
+    assert "dagster job execute -m pipelines.definitions -j build_latents" in record["fix"]
+
+
+def test_a_changed_setting_names_itself(experiment: Experiment) -> None:
+    """Sampling with other channels than were trained is refused, and the refusal names the setting and both values."""
+    path = experiment.root / "changed.yaml"
+    path.write_text("recipe: toy\nname: toy\nlevels.2.channels: 3\n")
+    record = refusal(command("nestdiff_core", "sample", str(path), root=experiment.root))
+    assert record["code"] == 4
+    assert record["expected"]["config.channels"] == 3
+    assert record["found"]["config.channels"] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["train", "toy"], 2),
+        (["train", "toy", "--level=9"], 2),
+        (["train", "tpy", "--level=1"], 2),
+        (["fly"], 2),
+        (["sample", "toy", "--out", "x.gif"], 2),
+        (["inspect", "/nowhere/x.yaml"], 2),
+        (["run", "toy", "--device", "cuda:7", "--stage", "encoder"], 5),
+    ],
+)
+def test_refusals_leave_one_json_line(tmp_path: Path, arguments: list[str], code: int) -> None:
+    """Each refusal has its exit code and one JSON line, never a traceback."""
+    done = command("nestdiff_core", *arguments, root=tmp_path)
+    assert refusal(done)["code"] == code
+    assert "Traceback" not in done.stderr
+
+
+def test_definitions_load_without_torch() -> None:
+    """Looking at the graph does not import torch: that would cost every Dagster process seconds."""
+    code = "import sys; import pipelines.definitions; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=REPOSITORY).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["toy", "digits", "images64"])
+def test_definitions_of_every_recipe(name: str) -> None:
+    """Each recipe gives loadable definitions with the promised jobs, schedule and sensor, off until switched on."""
+    from nestdiff_core.recipes import RECIPES
+
+    config = RECIPES[name]()
+    definitions = build_definitions(config)
+    dg.Definitions.validate_loadable(definitions)
+    jobs = {job.name for job in definitions.resolve_all_job_defs()}
+    levels = {f"train_level_{level}" for level in range(1, config.num_levels + 1)}
+    assert jobs >= {"quickstart", "build_latents", "train_all_levels", "evaluate"} | levels
+    repository = definitions.get_repository_def()
+    schedule = repository.get_schedule_def("nightly_evaluation")
+    sensor = repository.get_sensor_def("new_denoiser_evaluation")
+    assert schedule.default_status is dg.DefaultScheduleStatus.STOPPED
+    assert sensor.default_status is dg.DefaultSensorStatus.STOPPED
+
+
+def test_the_sensor_asks_once_for_the_same_weights(toy_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sensor's run key is a function of the denoisers' data versions; without a denoiser it waits."""
+    monkeypatch.setenv("DAGSTER_HOME", str(toy_run.dagster_home))
+    sensor = build_definitions(toy()).get_repository_def().get_sensor_def("new_denoiser_evaluation")
+    with dg.DagsterInstance.get() as instance, dg.build_sensor_context(instance=instance) as context:
+        first, second = sensor(context), sensor(context)
+    assert isinstance(first, dg.RunRequest)
+    assert isinstance(second, dg.RunRequest)
+    assert first.run_key == second.run_key
+    with dg.DagsterInstance.ephemeral() as empty, dg.build_sensor_context(instance=empty) as context:
+        assert isinstance(sensor(context), dg.SkipReason)
+
+
+@pytest.mark.parametrize(
+    ("change", "stale"),
+    [
+        ("levels.2.channels: 3", {"svd_basis 2", "latents 2", "denoiser 1", "denoiser 2", "samples", "evaluation"}),
+        ("levels.2.condition_noise: 1.0", {"denoiser 1", "samples", "evaluation"}),
+        ("levels.1.train.lr: 0.01", {"denoiser 1", "samples", "evaluation"}),
+        ("levels.1.guidance: 2.0", {"samples", "evaluation"}),
+        ("sampling.batch_size: 7", {"samples", "evaluation"}),
+        ("runtime.device: cpu", set()),
+        ("levels.1.train.log_every: 7", set()),
+        ("evaluation.num_neighbours: 5", {"evaluation"}),
+    ],
+)
+def test_a_change_makes_stale_what_depends_on_it_and_nothing_else(tmp_path: Path, change: str, stale: set[str]) -> None:
+    """The code version of exactly the affected assets changes, per level."""
+    from nestdiff_core.recipes import load_experiment
+
+    path = tmp_path / "x.yaml"
+    path.write_text(f"recipe: toy\n{change}\n")
+    old, new = Experiment(toy(), tmp_path), Experiment(load_experiment(path), tmp_path)
+    changed = {
+        " ".join(map(str, filter(None, ref))) for ref in old.refs() if old.config_hash(ref) != new.config_hash(ref)
+    }
+    assert changed == stale
