@@ -29,7 +29,7 @@ check: ready ## Run the linter, the formatter, the type checker and the import r
 	$(IN_VENV) ruff check
 	$(IN_VENV) ruff format --check
 	$(IN_VENV) basedpyright
-	$(IN_VENV) lint-imports
+	$(IN_VENV) lint-imports --no-logo
 
 dev: ready ## Open Dagster's web UI on this machine, PORT=3000
 	$(IN_VENV) dagster dev -w workspace.yaml -h 127.0.0.1 -p $(PORT)

@@ -10,6 +10,7 @@ from assets.resources import ArtifactRoot
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.experiment import Experiment, Ref
 
+LEAST_CONFIDENCE = 0.75  # of the classifier's on real held-out images; on noise it has about half of that
 LARGEST_MEAN, LARGEST_STD_ERROR = 0.01, 0.01  # of standardised latents; fp16 storage rounds to about 0.0005
 
 
@@ -65,13 +66,13 @@ def build(experiment: ExperimentConfig) -> list[dg.AssetChecksDefinition]:
             _check(
                 experiment,
                 Ref("evaluation"),
-                "all_classes_recognised",
+                "recognised",
                 (
-                    "A classifier trained on the real images sees every class among the samples; its confidence "
-                    "stands beside that on real held-out "
-                    "images and on samples made without conditions."
+                    "A classifier trained on the real images sees every class among the samples, with at least "
+                    f"{LEAST_CONFIDENCE:.0%} of its confidence on real held-out images; that on samples made without "
+                    "conditions stands beside."
                 ),
-                _all_classes_recognised,
+                _recognised,
                 blocking=False,
             )
         )
@@ -91,7 +92,8 @@ def _check(
     def check(artifacts: ArtifactRoot) -> dg.AssetCheckResult:
         with refusals():
             passed, metadata = judge(artifacts.experiment(experiment), ref)
-        return dg.AssetCheckResult(passed=passed, metadata=metadata)
+        severity = dg.AssetCheckSeverity.ERROR if blocking else dg.AssetCheckSeverity.WARN
+        return dg.AssetCheckResult(passed=passed, metadata=metadata, severity=severity)
 
     return check
 
@@ -149,14 +151,15 @@ def _samples_in_range(x: Experiment, ref: Ref) -> tuple[bool, dict[str, Any]]:
     }
 
 
-def _all_classes_recognised(x: Experiment, ref: Ref) -> tuple[bool, dict[str, Any]]:
+def _recognised(x: Experiment, ref: Ref) -> tuple[bool, dict[str, Any]]:
     from nestdiff_core import loading
 
     probe = x.artifact(ref).info["probe"]
     sets = {"samples": probe["samples"], "held_out": probe["held_out"], **probe["others"]}
     metadata = {f"confidence_on_{name}": seen["confidence"] for name, seen in sets.items()}
     seen = probe["samples"]["num_classes_seen"]
-    return seen == loading.open_index(x).num_classes, {
+    convinced = probe["samples"]["confidence"] >= LEAST_CONFIDENCE * probe["held_out"]["confidence"]
+    return seen == loading.open_index(x).num_classes and convinced, {
         "classes_seen": seen,
         "samples": probe["samples"]["num_images"],
         "held_out_accuracy": probe["held_out_accuracy"],

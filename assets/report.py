@@ -45,9 +45,15 @@ def grid(images: Any) -> dg.MetadataValue:
 
 def table(rows: list[dict[str, Any]]) -> dg.MetadataValue:
     """Rows of equal keys as a table; text and numbers only."""
-    plain = [{k: v if isinstance(v, (int, float)) else str(v) for k, v in row.items()} for row in rows]
+    plain = [{k: _cell(v) for k, v in row.items()} for row in rows]
     columns = [dg.TableColumn(name, _kind(plain, name)) for name in rows[0]]
     return dg.MetadataValue.table([dg.TableRecord(row) for row in plain], schema=dg.TableSchema(columns))
+
+
+def _cell(value: Any) -> int | float | str:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    return value if isinstance(value, int) else "-" if value is None else str(value)
 
 
 def _kind(rows: list[dict[str, Any]], name: str) -> str:

@@ -352,19 +352,46 @@ class ArtifactWriter:
 
 @contextlib.contextmanager
 def writing(path: Path, header: dict[str, Any], *, keep_parts: bool = False) -> Iterator[ArtifactWriter]:
-    """Write an artifact at `path` under its lock. Without `keep_parts` an unsealed attempt starts from nothing.
+    """Write an artifact at `path` under its lock: to be sealed within the block, or what was there before comes back.
 
-    header: stage, level, fingerprint, config, inputs. A sealed artifact is unsealed first (the caller decided
-    that it must be made again).
+    header: stage, level, fingerprint, config, inputs. With `keep_parts` the files of an earlier attempt stay where
+    they are, for a stage that continues; what was sealed is unsealed meanwhile.
     """
-    with DirectoryLock(path, stage=header["stage"], level=header["level"]):
-        (path / MANIFEST).unlink(missing_ok=True)
+    with DirectoryLock(path, stage=header["stage"], level=header["level"]), environment_faults(path):
         writer = ArtifactWriter(path, {"schema_version": SCHEMA_VERSION, **header})
         if keep_parts:
+            (path / MANIFEST).unlink(missing_ok=True)
             writer._remove_temporaries()
-        else:
-            for child in path.iterdir():
-                if child.name != ".lock":
-                    shutil.rmtree(child) if child.is_dir() else child.unlink()
-        with environment_faults(path):
             yield writer
+            return
+        previous = path / f"{TEMPORARY}previous"
+        if is_sealed(path):
+            previous.mkdir()
+            _move_children(path, previous)  # sealing removes it with the other temporary files
+        else:
+            _remove_children(path)
+        try:
+            yield writer
+        except BaseException:
+            if previous.is_dir():
+                _remove_children(path, but=previous)
+                _move_children(previous, path)
+                previous.rmdir()
+            raise
+
+
+def _children(path: Path) -> list[Path]:
+    """Everything in a directory but the lock; the manifest first, so that nothing half-moved looks sealed."""
+    return sorted((p for p in path.iterdir() if p.name != ".lock"), key=lambda p: p.name != MANIFEST)
+
+
+def _move_children(source: Path, target: Path) -> None:
+    children = [p for p in _children(source) if p != target]
+    for child in children if target.is_relative_to(source) else reversed(children):
+        os.rename(child, target / child.name)
+
+
+def _remove_children(path: Path, but: Path | None = None) -> None:
+    for child in _children(path):
+        if child != but:
+            shutil.rmtree(child) if child.is_dir() else child.unlink()

@@ -94,7 +94,7 @@ class MoCoConfig:
     min_crop_scale: float = knob(0.2, "Smallest share of the image's area in a random crop.")
     max_rotation_degrees: float = knob(0.0, "Largest rotation of a view.")
     horizontal_flip: bool = knob(True, "Whether views are mirrored half of the time; off for digits and text.")
-    jitter: float = knob(0.4, "Strength of brightness and contrast changes.")
+    jitter: float = knob(0.4, "Strength of brightness, contrast and (RGB) saturation changes.")
     noise: float = knob(0.0, "Standard deviation of pixel noise added to a view (images are in [0, 1]).")
     seed: int = knob(0, "Seed of initialisation, sampling and augmentation.")
 

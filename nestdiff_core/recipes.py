@@ -8,10 +8,10 @@ replaces two fields. `load_experiment` is the one path from a name or a file to 
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +71,9 @@ def toy() -> ExperimentConfig:
 
 def digits() -> ExperimentConfig:
     """The quickstart: scikit-learn's 1,797 handwritten digits at 8x8, three levels, minutes on two CPU cores."""
-    small = UViTConfig(width=64, depth=4, num_heads=4, position_init="sincos")
+    model = UViTConfig(width=64, depth=4, num_heads=4, position_init="sincos")
     train = TrainConfig(
-        num_steps=1500,
+        num_steps=1600,
         batch_size=128,
         lr=2e-3,
         lr_decay="cosine",
@@ -82,7 +82,7 @@ def digits() -> ExperimentConfig:
         ema_decay=0.99,
         grad_clip=1.0,
         log_every=100,
-        checkpoint_every=500,
+        checkpoint_every=400,
     )
     return ExperimentConfig(
         name="digits",
@@ -90,26 +90,38 @@ def digits() -> ExperimentConfig:
         encoder=EncoderConfig(
             kind="moco",
             input_size=8,
-            vit=ViTConfig(patch_size=2, width=64, depth=3, num_heads=4),
+            vit=ViTConfig(patch_size=2, width=64, depth=2, num_heads=4),
             moco=MoCoConfig(
-                num_steps=400,
-                batch_size=256,
+                num_steps=450,
+                batch_size=128,
                 lr=2e-3,
                 warmup_steps=40,
+                momentum=0.96,
                 projection_dim=64,
                 hidden_dim=256,
                 min_crop_scale=0.6,
                 max_rotation_degrees=10.0,
                 horizontal_flip=False,
-                noise=0.05,
+                jitter=0.2,
+                noise=0.1,
             ),
         ),
         levels=(
-            LevelConfig(level=1, patch_size=2, guidance=0.5, model=small, train=train),
-            LevelConfig(level=2, grid=2, channels=16, condition_noise=0.5, guidance=0.5, model=small, train=train),
-            LevelConfig(level=3, grid=1, channels=16, condition_noise=0.5, model=small, train=train),
+            LevelConfig(level=1, patch_size=2, guidance=0.5, model=model, train=train),
+            LevelConfig(
+                level=2,
+                grid=2,
+                channels=16,
+                condition_noise=0.5,
+                guidance=0.5,
+                model=model,
+                train=replace(train, num_steps=800),
+            ),
+            LevelConfig(
+                level=3, grid=1, channels=16, condition_noise=0.5, model=model, train=replace(train, num_steps=400)
+            ),
         ),
-        sampling=SamplingConfig(num_evaluations=25, num_images=1000),
+        sampling=SamplingConfig(num_evaluations=25, num_images=500),
         evaluation=EvaluationConfig(extractors=("encoder", "pixels"), probe=True),
     )
 
@@ -132,7 +144,43 @@ def images64() -> ExperimentConfig:
     )
 
 
-RECIPES: dict[str, Callable[[], ExperimentConfig]] = {f.__name__: f for f in (toy, digits, images64)}
+def images64_small() -> ExperimentConfig:
+    """A first look at your own images on a CPU: images64 with small networks and few steps, about a quarter of an hour.
+
+    It shows that the images, labels and levels work; the samples will be blurs.
+    """
+    full = images64()
+    model = UViTConfig(width=96, depth=4, num_heads=4, position_init="sincos")
+    train = TrainConfig(
+        num_steps=600,
+        batch_size=64,
+        lr=1e-3,
+        lr_decay="cosine",
+        beta2=0.99,
+        warmup_steps=60,
+        ema_decay=0.98,
+        grad_clip=1.0,
+        log_every=50,
+        checkpoint_every=200,
+    )
+    return replace(
+        full,
+        name="images64_small",
+        encoder=replace(
+            full.encoder,
+            vit=ViTConfig(patch_size=8, width=96, depth=3, num_heads=3),
+            moco=MoCoConfig(num_steps=200, batch_size=64, lr=1e-3, warmup_steps=20, projection_dim=64, hidden_dim=256),
+        ),
+        levels=(
+            replace(full.level(1), patch_size=8, model=model, train=train),
+            replace(full.level(2), channels=32, model=model, train=train),
+            replace(full.level(3), channels=32, model=model, train=train),
+        ),
+        sampling=replace(full.sampling, num_images=100, num_evaluations=20, batch_size=50),
+    )
+
+
+RECIPES: dict[str, Callable[[], ExperimentConfig]] = {f.__name__: f for f in (toy, digits, images64, images64_small)}
 
 
 def load_experiment(name: str | os.PathLike[str] | None = None) -> ExperimentConfig:
@@ -213,8 +261,8 @@ def _load_file(path: Path) -> ExperimentConfig:
         raise
     images = config.images
     if images.path and not Path(images.path).expanduser().is_absolute():
-        images = dataclasses.replace(images, path=str(path.resolve().parent / images.path))
-    return dataclasses.replace(config, images=images)
+        images = replace(images, path=str(path.resolve().parent / images.path))
+    return replace(config, images=images)
 
 
 def _undot(data: Any, path: Path) -> Any:

@@ -26,7 +26,7 @@ from nestdiff_core.evaluation.card import SampleOrigin
 from nestdiff_core.evaluation.report import evaluate
 from nestdiff_core.evaluation.samples import load_samples, save_samples
 from nestdiff_core.experiment import Experiment, Ref
-from nestdiff_core.images import build_images
+from nestdiff_core.images import build_images, source_listing
 from nestdiff_core.latents.basis import fit_basis
 from nestdiff_core.latents.hierarchy import encode_levels, level_moments
 from nestdiff_core.latents.moments import Moments
@@ -45,12 +45,16 @@ CHECKPOINTS = "checkpoints"
 
 
 def images(x: Experiment, *, progress: Progress = silent) -> Artifact:
-    """Validate the source and write the image index (and shards, for sources that have none)."""
-    ref = Ref("images")
-    if (made := _reuse(x, ref)) is not None:
+    """Validate the source and write the image index (and shards, for sources that have none).
+
+    A folder or shards whose files have changed since are read again.
+    """
+    ref, listing = Ref("images"), source_listing(x.config.images)
+    if (made := _reuse(x, ref)) is not None and made.info["source_listing"] == listing:
         return made
     with writing(x.path(ref), x.header(ref)) as writer:
-        return writer.seal(**build_images(x.config.images, writer, progress=progress))
+        info = build_images(x.config.images, writer, progress=progress)
+        return writer.seal(source_listing=listing, **info)
 
 
 def encoder(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -> Artifact:
@@ -97,7 +101,9 @@ def features(
             k = names.index(name)
             record, source = writer.part(name), index.shards[k].sha256
             if record is None or record["source"] != source:
-                feature_map, vector = extract_features(frozen, index.read_shard(k), config.batch_size, config.dtype)
+                feature_map, vector = extract_features(
+                    frozen, index.read_shard(k), config.batch_size, config.dtype, first_row=index.shards[k].first_row
+                )
                 files = write_shard(store, k, {"map": feature_map, "vector": vector})
                 writer.commit_part(name, files, rows=counts[k], source=source)
             progress(done + 1, len(asked), "features")

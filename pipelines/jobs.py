@@ -31,8 +31,6 @@ def build_jobs(config: ExperimentConfig) -> dict[str, UnresolvedAssetJobDefiniti
             dg.AssetSelection.assets(*selected),
             description=description,
             executor_def=dg.in_process_executor,
-            # A terminal shows what stages say, not each of Dagster's own events.
-            config={"loggers": {"console": {"config": {"log_level": "INFO"}}}},
         )
 
     build = [key for stage in BUILD for key in keys(stage)]

@@ -1,7 +1,7 @@
 """Makes .venv and .dagster in this checkout. Every make target runs it first; where nothing changed it ends at once.
 
 It owns the environment (packages, variables) and an empty Dagster instance; what goes into them is requirements.lock,
-pyproject.toml and dagster.yaml. Interrupted at any point, it is run again and continues.
+pyproject.toml and pipelines/dagster.yaml. Interrupted at any point, it is run again and continues.
 
 Standard library only. A Python that is too old must still be able to read this file in order to say so: no
 syntax and no annotation here is newer than Python 3.6.
@@ -202,7 +202,7 @@ def relocate_scripts(folder, old_root, new_root):
 def pip_install(lock, *arguments):
     """`pip install` in the environment. Its words go to LOG; a terminal shows the latest."""
     command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", *arguments]
-    with open(str(LOG), "a") as log, start(command, TMPDIR=str(DOWNLOADS), pass_fds=(lock,)) as pip:
+    with open(str(LOG), "a", buffering=1) as log, start(command, TMPDIR=str(DOWNLOADS), pass_fds=(lock,)) as pip:
         for line in pip.stdout or ():
             log.write(line)
             show(line)
@@ -251,7 +251,9 @@ def initialise_instance():
     """Create the instance's tables, once and alone: processes that do so side by side on their first use fail."""
     config = INSTANCE / "dagster.yaml"
     if not config.exists():
-        config.symlink_to(Path("..", "dagster.yaml"))
+        if config.is_symlink():  # its target was moved
+            config.unlink()
+        config.symlink_to(Path("..", "pipelines", "dagster.yaml"))
     with start([str(PYTHON), "-m", "dagster", "instance", "info"], DAGSTER_HOME=str(INSTANCE)) as dagster:
         words, _ = dagster.communicate()
     if dagster.returncode:

@@ -29,7 +29,7 @@ def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterRun]:
     from pipelines.definitions import build_definitions
 
     root, dagster_home = tmp_path_factory.mktemp("artifacts"), tmp_path_factory.mktemp("dagster")
-    (dagster_home / "dagster.yaml").write_text((REPOSITORY / "dagster.yaml").read_text())
+    (dagster_home / "dagster.yaml").write_text((REPOSITORY / "pipelines" / "dagster.yaml").read_text())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NESTDIFF_HOME", str(root))
         patch.setenv("DAGSTER_HOME", str(dagster_home))

@@ -108,6 +108,19 @@ def test_parts_survive_a_stop(tmp_path: Path) -> None:
         assert writer.part("0") is None
 
 
+def test_a_failed_attempt_leaves_what_was_sealed(tmp_path: Path) -> None:
+    """Making an artifact again and failing brings the old one back, whole and sealed; nothing else stays."""
+    before = make(tmp_path / "a")
+    with pytest.raises(RuntimeError), writing(tmp_path / "a", HEADER):
+        (tmp_path / "a" / "half").mkdir()
+        (tmp_path / "a" / "y.bin").write_bytes(b"other")
+        raise RuntimeError
+    after = open_artifact(tmp_path / "a", stage="features")
+    assert after.manifest == before.manifest
+    assert after.verify() == 13
+    assert {p.name for p in after.path.iterdir()} == {".lock", "manifest.json", "data", "y.bin"}
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     """replacing() is all or nothing, and leaves no litter."""
     path = tmp_path / "x"

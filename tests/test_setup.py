@@ -170,9 +170,9 @@ def test_lock_is_exact_hashed_and_names_no_host() -> None:
 
 
 def test_instance_gives_an_unsized_pool_one_slot(tmp_path: Path) -> None:
-    """Dagster accepts dagster.yaml, keeps its files in its home, frees the slot of a dead run, and trains one level
-    at a time."""
-    (tmp_path / "dagster.yaml").symlink_to(ROOT / "dagster.yaml")
+    """Dagster accepts pipelines/dagster.yaml, keeps its files in its home, frees the slot of a dead run, and trains one
+    level at a time."""
+    (tmp_path / "dagster.yaml").symlink_to(ROOT / "pipelines" / "dagster.yaml")
     with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
         pools = instance.event_log_storage
         assert pools.initialize_concurrency_limit_to_default("gpu")

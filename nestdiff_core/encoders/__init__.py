@@ -45,11 +45,9 @@ def build_encoder(
     match config.kind:
         case "moco":
             mean, std = pixel_statistics(index)
-            start = untrained(config, mean, std)
             batches = training_batches(index, config.moco.batch_size, config.moco.seed)
             encoder, losses = train_moco(config, batches, mean, std, device=device, progress=progress)
         case "timm":
-            start = timm_encoder(config, timm_network(config))
             encoder = _timm(config)
     encoder.to(device).eval().requires_grad_(False)
     with replacing(writer.path / MODEL) as temporary:
@@ -64,7 +62,11 @@ def build_encoder(
     }
     write_json(writer.path / CONFIG, record)
     shapes = {name: list(shape) for name, shape in feature_shapes(encoder).items()}
-    knn = compare({"encoder": encoder, "untrained": start.to(device)}, index) if index.num_classes else None
+    knn = (
+        compare({"encoder": encoder, "untrained": _untrained(config, encoder).to(device)}, index)
+        if index.num_classes
+        else None
+    )
     return {
         **shapes,
         "num_parameters": sum(p.numel() for p in encoder.parameters()),
@@ -101,6 +103,12 @@ def _timm(config: EncoderConfig) -> ViTEncoder:
     if config.weights not in ("hub", "random"):
         load_weights(network, Path(config.weights).expanduser())
     return timm_encoder(config, network)
+
+
+def _untrained(config: EncoderConfig, encoder: ViTEncoder) -> ViTEncoder:
+    if config.kind == "moco":
+        return untrained(config, encoder.mean, encoder.std)
+    return timm_encoder(config, timm_network(config))
 
 
 def _thinned(losses: list[float], points: int = 50) -> list[tuple[int, float]]:

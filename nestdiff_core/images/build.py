@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from webdataset.writer import TarWriter
 
-from nestdiff_core.artifacts import ArtifactWriter, file_record, replacing, write_json
+from nestdiff_core.artifacts import ArtifactWriter, file_record, fingerprint, replacing, write_json
 from nestdiff_core.config import ImagesConfig
 from nestdiff_core.errors import InputError
 from nestdiff_core.images.index import CLASSES, INDEX, REJECTS, SCHEMA, SHARDS, SPLITS
@@ -52,6 +52,21 @@ def build_images(config: ImagesConfig, writer: ArtifactWriter, *, progress: Prog
             return _build_files(Folder(config), config, writer.path, progress)
         case "webdataset":
             return _build_shards(Shards(config), config, writer.path, progress)
+
+
+def source_listing(config: ImagesConfig) -> str | None:
+    """A hash of the names, sizes and times of a source's files, which tells that it has changed without reading it.
+
+    None for the sources that cannot change. Raises InputError for a source that is not there.
+    """
+    match config.source:
+        case "folder":
+            paths = Folder(config).paths
+        case "webdataset":
+            paths = Shards(config).paths
+        case "digits" | "toy":
+            return None
+    return fingerprint([[str(path), (status := path.stat()).st_size, status.st_mtime_ns] for path in paths])
 
 
 def split_fraction(seed: int, key: str) -> float:

@@ -119,6 +119,11 @@ class Folder:
                 fix="Sort the images into a folder per class, or set images.labels: false.",
             )
 
+    @property
+    def paths(self) -> list[Path]:
+        """The image files that are there (a dangling link is not)."""
+        return [path for file in self._files if (path := self._root / file).exists()]
+
     def samples(self) -> Iterator[Sample | Reject]:
         classes = {name: number for number, name in enumerate(self.class_names)}
         for file in self._files:

@@ -169,7 +169,7 @@ def test_definitions_load_without_torch() -> None:
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=REPOSITORY).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["toy", "digits", "images64"])
+@pytest.mark.parametrize("name", ["toy", "digits", "images64", "images64_small"])
 def test_definitions_of_every_recipe(name: str) -> None:
     """Each recipe gives loadable definitions with the promised jobs, schedule and sensor, off until switched on."""
     from nestdiff_core.recipes import RECIPES

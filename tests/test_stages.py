@@ -1,0 +1,170 @@
+"""Stages: damage is repaired or refused by name, and a grown source costs only what is new."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nestdiff_core import loading, stages
+from nestdiff_core.artifacts import read_json
+from nestdiff_core.cli.digest import experiment_digests
+from nestdiff_core.config import EncoderConfig, ImagesConfig
+from nestdiff_core.errors import InputError, IntegrityError
+from nestdiff_core.experiment import Experiment, Ref
+from nestdiff_core.recipes import toy
+
+
+@pytest.fixture
+def made(toy_run: Any, tmp_path: Path) -> Experiment:
+    """A copy of the toy experiment's artifacts, to be damaged."""
+    shutil.copytree(toy_run.root, tmp_path / "artifacts")
+    return Experiment(toy(), tmp_path / "artifacts")
+
+
+def flip(path: Path, position: int = 40) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def shard_files(store: Path) -> Iterator[Path]:
+    yield from sorted(p for p in store.rglob("*") if p.is_file() and p.name != "zarr.json")
+
+
+def test_a_damaged_shard_alone_is_encoded_again(made: Experiment) -> None:
+    """One flipped bit in the feature store costs one shard, and the digests are as before."""
+    before = experiment_digests(made)
+    features = made.artifact(Ref("features")).path
+    file = next(shard_files(features / "store.zarr"))
+    others = {p: p.stat().st_mtime_ns for p in shard_files(features / "store.zarr")}
+    flip(file)
+    stages.features(made)
+    touched = {p for p in others if p.stat().st_mtime_ns != others[p]}
+    assert file in touched
+    assert len(touched) == 2  # the shard's two arrays, map and vector
+    assert experiment_digests(made) == before
+
+
+@pytest.mark.parametrize("stage", ["encoder", "svd_basis", "denoiser", "evaluation"])
+def test_a_damaged_artifact_is_made_again(made: Experiment, stage: str) -> None:
+    """Materialising a stage whose file is damaged repairs it, to the same bits."""
+    before = experiment_digests(made)
+    level = 2 if stage in ("svd_basis", "denoiser") else None
+    path = made.artifact(Ref(stage, level)).path
+    name = {"encoder": "model.safetensors", "svd_basis": "basis.safetensors", "denoiser": "ema.safetensors"}.get(
+        stage, "metrics.json"
+    )
+    flip(path / name, -5)
+    match stage:
+        case "encoder":
+            stages.encoder(made)
+        case "svd_basis":
+            stages.bases(made)
+        case "denoiser":
+            stages.train(made, 2)
+        case _:
+            stages.evaluation(made)
+    assert experiment_digests(made) == before
+
+
+@pytest.mark.parametrize("stage", ["latents", "svd_basis", "features", "encoder", "images"])
+def test_a_damaged_input_is_refused_by_name(made: Experiment, stage: str) -> None:
+    """A stage never reads a damaged artifact of another: it names the file."""
+    level = 2 if stage in ("latents", "svd_basis") else None
+    path = made.artifact(Ref(stage, level)).path
+    file = next(shard_files(path / "store.zarr")) if stage in ("latents", "features") else next(path.glob("*.[spt]*"))
+    consumer = {"latents": Ref("denoiser", 2), "svd_basis": Ref("latents", 2), "features": Ref("moments", 2),
+                "encoder": Ref("features"), "images": Ref("encoder")}[stage]  # fmt: skip
+    shutil.rmtree(made.path(consumer))
+    flip(file)
+    with pytest.raises(IntegrityError) as caught:
+        match consumer.stage:
+            case "denoiser":
+                stages.train(made, 2)
+            case "latents":
+                stages.latents(made, [2])
+            case "moments":
+                stages.bases(made)
+            case "features":
+                stages.features(made)
+            case _:
+                stages.encoder(made)
+    assert caught.value.path == str(file)
+    assert caught.value.fix
+
+
+def write_images(folder: Path, names: range) -> None:
+    folder.mkdir(exist_ok=True)
+    for i in names:
+        pixels = np.random.default_rng(i).integers(0, 256, (12, 10, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Experiment:
+    """A user's folder of twelve images in shards of four, and an encoder that does not depend on them."""
+    write_images(tmp_path / "photos", range(12))
+    images = ImagesConfig(source="folder", path=str(tmp_path / "photos"), resolution=16, images_per_shard=4)
+    encoder = EncoderConfig(kind="timm", name="test_vit", weights="random", input_size=160)
+    config = toy()
+    config = replace(config, images=images, encoder=encoder, evaluation=replace(config.evaluation, probe=False),
+                     levels=(config.level(1), replace(config.level(2), channels=2)))  # fmt: skip
+    return Experiment(config, tmp_path / "artifacts")
+
+
+def test_a_grown_folder_costs_only_the_new_shard(own: Experiment) -> None:
+    """Four more images are noticed without being asked, and only their shard is encoded."""
+    stages.images(own)
+    stages.encoder(own)
+    stages.features(own)
+    parts = own.artifact(Ref("features")).path / "_parts"
+    before = {p.name: p.stat().st_mtime_ns for p in parts.iterdir()}
+    write_images(Path(own.config.images.path), range(12, 16))
+    stages.images(own)
+    with pytest.raises(IntegrityError, match="does not cover"):
+        loading.open_features(own)
+    artifact, records = stages.features(own)
+    assert artifact is not None
+    assert set(records) == {"00000", "00001", "00002", "00003"}
+    assert {p.name for p in parts.iterdir() if before.get(p.name) != p.stat().st_mtime_ns} == {"00003.json"}
+    assert len(loading.open_features(own)) == 16
+
+
+def test_a_bad_image_does_not_cost_the_index(own: Experiment) -> None:
+    """A broken file added to the folder is refused by name, and what was there before still is."""
+    before = stages.images(own)
+    (Path(own.config.images.path) / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    with pytest.raises(InputError, match="broken"):
+        stages.images(own)
+    assert own.artifact(Ref("images")).manifest == before.manifest
+    assert before.verify() > 0
+
+
+def test_shards_can_be_encoded_one_at_a_time(own: Experiment) -> None:
+    """Named shards are committed alone; the store is sealed when the last one is there, with the same content."""
+    stages.images(own)
+    stages.encoder(own)
+    assert stages.features(own, shards=["00002"])[0] is None
+    assert stages.features(own, shards=["00000"])[0] is None
+    sealed, _ = stages.features(own, shards=["00001"])
+    assert sealed is not None
+    digest = sealed.digest
+    shutil.rmtree(sealed.path)
+    again, _ = stages.features(own)
+    assert again is not None
+    assert again.digest == digest
+
+
+def test_the_manifest_says_what_made_it(made: Experiment) -> None:
+    """Every artifact carries its configuration, the digests of its inputs, the code version and all hashes."""
+    manifest = read_json(made.artifact(Ref("latents", 2)).path / "manifest.json")
+    assert manifest["config"]["grid"] == 2
+    assert [i["stage"] for i in manifest["inputs"]] == ["features", "svd_basis"]
+    assert manifest["inputs"][0]["identity"] == made.artifact(Ref("features")).digest
+    assert manifest["code_version"]
+    assert all(len(record["sha256"]) == 64 for record in manifest["files"].values())
