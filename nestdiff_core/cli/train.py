@@ -82,7 +82,9 @@ def _reporting(rank: int):
         if rank == 0 and "DAGSTER_PIPES_CONTEXT" in os.environ:
             from dagster_pipes import open_dagster_pipes
 
-            listener = LogProgress(stack.enter_context(open_dagster_pipes()).log.info)
+            log = stack.enter_context(open_dagster_pipes()).log
+            listener = LogProgress(log.info)
+            stack.push(lambda kind, error, _: log.error(str(error)) if isinstance(error, NestdiffError) else None)
         elif rank == 0:
             listener = TerminalProgress()
             stack.callback(listener.close)

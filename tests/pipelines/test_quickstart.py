@@ -224,3 +224,52 @@ def test_a_change_makes_stale_what_depends_on_it_and_nothing_else(tmp_path: Path
         " ".join(map(str, filter(None, ref))) for ref in old.refs() if old.config_hash(ref) != new.config_hash(ref)
     }
     assert changed == stale
+
+
+def test_one_partition_can_be_materialised_alone(toy_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`features` runs for a single image shard, as the UI's partition page does; a whole one is only checked."""
+    monkeypatch.setenv("DAGSTER_HOME", str(toy_run.dagster_home))
+    monkeypatch.setenv("NESTDIFF_HOME", str(toy_run.root))
+    key = dg.AssetKey(["toy", "features"])
+    job = build_definitions(toy()).resolve_implicit_global_asset_job_def()
+    with dg.DagsterInstance.get() as instance:
+        done = job.execute_in_process(instance=instance, asset_selection=[key], partition_key="00001")
+        assert done.success
+        (event,) = done.get_asset_materialization_events()
+    assert event.partition == "00001"
+    assert event.step_materialization_data.materialization.metadata["rows"].value == 64
+
+
+def test_a_refusal_is_a_failure_with_the_whole_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training without latents fails in Dagster with the core's sentence and cure, and is not retried."""
+    monkeypatch.setenv("NESTDIFF_HOME", str(tmp_path))
+    with dg.DagsterInstance.ephemeral() as instance:
+        job = build_definitions(toy()).resolve_job_def("train_level_1")
+        done = job.execute_in_process(instance=instance, raise_on_error=False)
+    assert not done.success
+    (failure,) = [e for e in done.all_events if e.event_type_value == "STEP_FAILURE"]
+    details = failure.step_failure_data.user_failure_data
+    assert "images of experiment 'toy' has not been made" in details.description
+    assert "-j build_latents" in details.metadata["fix"].value
+
+
+def test_a_failing_trainer_is_a_failed_run(toy_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer that ends with a refusal fails its asset, and its sentence stands in the run's log."""
+    import shutil
+    from dataclasses import replace
+
+    for stage in ("images", "encoder", "features", "moments", "svd_basis", "latents"):
+        shutil.copytree(toy_run.root / stage, tmp_path / stage)
+    level = toy().level(1)
+    exploding = replace(level, train=replace(level.train, lr=1e30, warmup_steps=1))
+    config = replace(toy(), levels=(exploding, toy().level(2)))
+    monkeypatch.setenv("NESTDIFF_HOME", str(tmp_path))
+    with dg.DagsterInstance.ephemeral() as instance:
+        done = (
+            build_definitions(config)
+            .resolve_job_def("train_level_1")
+            .execute_in_process(instance=instance, raise_on_error=False)
+        )
+        logged = [entry.user_message for entry in instance.all_logs(done.run_id)]
+    assert not done.success
+    assert any("is not finite" in message and "levels.train.lr" in message for message in logged)
