@@ -54,14 +54,15 @@ class LogProgress:
     def __init__(self, log: Callable[[str], object], interval_seconds: float = 10.0) -> None:
         self.log, self.interval_seconds = log, interval_seconds
         self._shown, self._what = time.monotonic(), ""
+        self._numbers: dict[str, float] = {}
 
     def __call__(self, done: int, total: int, what: str, **numbers: float) -> None:
         now = time.monotonic()
-        if done < total and what == self._what and now - self._shown < self.interval_seconds:
+        if what != self._what:  # a new piece of work starts quietly
+            self._what, self._numbers, self._shown = what, {}, now
+        self._numbers = numbers or self._numbers  # what was last measured is shown until something newer is
+        if done < total and now - self._shown < self.interval_seconds:
             return
-        if what != self._what and done < total:  # a new piece of work starts quietly
-            self._what, self._shown = what, now
-            return
-        self._what, self._shown = what, now
-        figures = "".join(f", {k} {v:.4g}" for k, v in numbers.items())
+        self._shown = now
+        figures = "".join(f", {name} {value:.4g}" for name, value in self._numbers.items())
         self.log(f"{what}: {done:,} of {total:,}{figures}")

@@ -73,7 +73,7 @@ def digits() -> ExperimentConfig:
     """The quickstart: scikit-learn's 1,797 handwritten digits at 8x8, three levels, minutes on two CPU cores."""
     model = UViTConfig(width=64, depth=4, num_heads=4, position_init="sincos")
     train = TrainConfig(
-        num_steps=1600,
+        num_steps=1300,
         batch_size=128,
         lr=2e-3,
         lr_decay="cosine",
@@ -112,13 +112,13 @@ def digits() -> ExperimentConfig:
                 level=2,
                 grid=2,
                 channels=16,
-                condition_noise=0.5,
+                condition_noise=0.25,
                 guidance=0.5,
                 model=model,
-                train=replace(train, num_steps=800),
+                train=replace(train, num_steps=1800),
             ),
             LevelConfig(
-                level=3, grid=1, channels=16, condition_noise=0.5, model=model, train=replace(train, num_steps=400)
+                level=3, grid=1, channels=16, condition_noise=0.25, model=model, train=replace(train, num_steps=2500)
             ),
         ),
         sampling=SamplingConfig(num_evaluations=25, num_images=500),
