@@ -32,14 +32,14 @@ GROUPS = {
 
 
 def asset_key(config: ExperimentConfig, ref: Ref) -> dg.AssetKey:
-    """Such as `digits/features`, `digits/svd_basis/level_2`, `digits/latents/z_2`, `digits/denoiser_level_2`."""
+    """Such as `digits/features`, `digits/svd_basis_level_2`, `digits/latents/z_2`, `digits/denoiser_level_2`."""
     match ref.stage:
         case "denoiser":
             return dg.AssetKey([config.name, f"denoiser_level_{ref.level}"])
         case "latents":
             return dg.AssetKey([config.name, "latents", f"z_{ref.level}"])
         case "svd_basis":
-            return dg.AssetKey([config.name, "svd_basis", f"level_{ref.level}"])
+            return dg.AssetKey([config.name, f"svd_basis_level_{ref.level}"])
         case stage:
             return dg.AssetKey([config.name, stage])
 

@@ -48,7 +48,9 @@ def recover(instance: dg.DagsterInstance) -> list[str]:
         pid = run_process(instance, run.run_id)
         if pid is None or is_dagster(pid):
             continue
-        instance.report_run_failed(run, f"The process of this run ({pid}) has died. Run it again: finished work is kept.")
+        instance.report_run_failed(
+            run, f"The process of this run ({pid}) has died. Run it again: finished work is kept."
+        )
         instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
         dead.append(run.run_id)
     return dead

@@ -1,4 +1,4 @@
-"""Show an experiment: its levels, what they cost and carry, and which stages have been made.
+"""Show an experiment: its levels, what they cost and carry, which stages have been made, and its numbers.
 
 Nothing is computed and nothing is written.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.config_io import to_dict
-from nestdiff_core.experiment import Experiment
+from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.recipes import load_experiment
 
 
@@ -26,15 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     experiment = Experiment(load_experiment(arguments.experiment))
-    levels, stages = level_table(experiment.config), stage_table(experiment)
+    levels, stages, numbers = level_table(experiment.config), stage_table(experiment), number_table(experiment)
     if arguments.json:
-        print(json.dumps({"levels": levels, "stages": stages, "config": to_dict(experiment.config)}, indent=1))
+        config = to_dict(experiment.config)
+        print(json.dumps({"levels": levels, "stages": stages, "numbers": numbers, "config": config}, indent=1))
         return 0
     print(
         f"experiment {experiment.config.name!r}, {experiment.config.num_levels} levels, artifacts in "
         f"{experiment.root}\n"
     )
-    print(format_table(levels), format_table(stages), sep="\n\n")
+    print(*(format_table(table) for table in (levels, stages, numbers) if table), sep="\n\n")
+    if samples := experiment.find(Ref("samples")):
+        print(f"\nsamples: {samples.path / 'samples.npz'}")
     return 0
 
 
@@ -84,6 +87,31 @@ def stage_table(experiment: Experiment) -> list[dict[str, Any]]:
     return rows
 
 
+def number_table(experiment: Experiment) -> list[dict[str, Any]]:
+    """A row per number of the evaluation, none before it has been made.
+
+    samples: all of them. matched: as many as there are real held-out images, whose own number is beside it, since
+    distances shrink with more images. Further columns: other sample sets. confidence: the probe's, where it is on.
+    """
+    artifact = experiment.find(Ref("evaluation"))
+    if artifact is None:
+        return []
+    metrics, probe = artifact.info["metrics"], artifact.info["probe"]
+    rows = [
+        {"number": name, "samples": n["value"], "matched": n["value_at_floor"], "held out": n["floor"], **n["others"]}
+        for name, n in metrics.items()
+    ]
+    if probe:
+        others = {name: seen["confidence"] for name, seen in probe["others"].items()}
+        confidence = {
+            "samples": probe["samples"]["confidence"],
+            "matched": None,
+            "held out": probe["held_out"]["confidence"],
+        }
+        rows.append({"number": "confidence", **confidence, **others})
+    return rows
+
+
 def format_table(rows: list[dict[str, Any]]) -> str:
     """Rows of equal keys as aligned text; numbers to the right."""
     cells = [[_format(value) for value in row.values()] for row in rows]
@@ -102,4 +130,6 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 def _format(value: Any) -> str:
     if value is None:
         return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
