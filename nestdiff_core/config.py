@@ -17,12 +17,17 @@ def knob(default: Any, doc: str) -> Any:
     return field(default=default, metadata={"doc": doc})
 
 
-def _require(ok: bool, name: str, expected: str, found: Any, level: int | None = None) -> None:
+def _require(
+    ok: bool,
+    name: str,
+    expected: str,
+    found: Any,
+    level: int | None = None,
+    fix: str = "Change it in the experiment.",
+) -> None:
     if not ok:
         what = f"{name} of level {level} cannot be used" if level is not None else f"{name} cannot be used"
-        raise ConfigError(
-            what, key=name, level=level, expected=expected, found=found, fix="Change it in the experiment."
-        )
+        raise ConfigError(what, key=name, level=level, expected=expected, found=found, fix=fix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,6 +379,15 @@ class ExperimentConfig:
             f"a divisor of the grid {grid}",
             level.patch_size,
             level=level.level,
+        )
+        values = channels * level.patch_size**2
+        _require(
+            self.diffusion.prediction == "x" or values <= level.model.width,
+            "levels.patch_size",
+            f"patches of at most {level.model.width} values, the width of the network, which must carry their noise",
+            f"{values} values in a patch of {level.patch_size}",
+            level=level.level,
+            fix="Choose smaller patches, a wider network, or diffusion.prediction: x.",
         )
         if level.level == 1:
             return

@@ -94,8 +94,9 @@ BENCHES = {"reads": reads, "bases": bases}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", nargs="*", choices=BENCHES, help="default: all")
-    for name in parser.parse_args().bench or BENCHES:
+    parser.add_argument("bench", nargs="?", choices=BENCHES, help="default: all")
+    chosen = parser.parse_args().bench
+    for name in [chosen] if chosen else BENCHES:
         BENCHES[name]()
 
 

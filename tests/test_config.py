@@ -47,6 +47,7 @@ def test_every_knob_is_documented() -> None:
         ({"levels": {2: {"grid": 5}}}, "levels.grid", 2),  # the feature map is 4x4
         ({"levels": {2: {"channels": 17}}}, "levels.channels", 2),  # the encoder has 16
         ({"levels": {2: {"patch_size": 3}}}, "levels.patch_size", 2),
+        ({"levels": {1: {"patch_size": 8}}}, "levels.patch_size", 1),  # 64 values in 32 channels cannot carry noise
         ({"levels": {1: {"grid": 4}}}, "levels.grid", 1),  # the image is 8x8
         ({"levels": [{}, {"grid": 1, "channels": 4}, {"grid": 2, "channels": 4}]}, "levels.grid", 3),  # grows upwards
         ({"levels": {3: {"grid": 1}}}, "levels.3", 3),
