@@ -53,8 +53,9 @@ ON_DEACTIVATE = """\
     fi
 """
 ON_ACTIVATE = """\
-_NESTDIFF_ROOT="${VIRTUAL_ENV%/*}"
-_OLD_DAGSTER_HOME="${DAGSTER_HOME:-}"
+# Exported, so that another checkout's environment, activated in a shell below this one, can take them back.
+export _NESTDIFF_ROOT="${VIRTUAL_ENV%/*}"
+export _OLD_DAGSTER_HOME="${DAGSTER_HOME:-}"
 export DAGSTER_HOME="$_NESTDIFF_ROOT/.dagster"
 # `dagster job execute` reads neither workspace.yaml nor pyproject.toml.
 export DAGSTER_CLI_JOB_EXECUTE_MODULE_NAME=pipelines.definitions
@@ -251,8 +252,7 @@ def initialise_instance():
     """Create the instance's tables, once and alone: processes that do so side by side on their first use fail."""
     config = INSTANCE / "dagster.yaml"
     if not config.exists():
-        if config.is_symlink():  # its target was moved
-            config.unlink()
+        config.unlink(missing_ok=True)  # a link whose target was moved
         config.symlink_to(Path("..", "pipelines", "dagster.yaml"))
     with start([str(PYTHON), "-m", "dagster", "instance", "info"], DAGSTER_HOME=str(INSTANCE)) as dagster:
         words, _ = dagster.communicate()

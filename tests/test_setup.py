@@ -155,6 +155,15 @@ def test_activation_keeps_the_users_values(checkout: Path) -> None:
     assert variables_after(". ./activate; deactivate", checkout, **mine) == mine
 
 
+def test_another_checkouts_defaults_do_not_leak(setup: ModuleType, checkout: Path, tmp_path: Path) -> None:
+    """`make` of one checkout, run in a shell where another is active, uses its own artifacts."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "activate").write_text(setup.with_variables(ACTIVATE % (other / ".venv")))
+    active = variables_after(f". ./activate; cd {other}; exec sh -euc '. ./activate; env'", checkout)
+    assert active["NESTDIFF_HOME"] == f"{other}/artifacts" and active["DAGSTER_HOME"] == f"{other}/.dagster"
+
+
 def test_make_alone_lists_every_target() -> None:
     """`make` says what can be asked of it."""
     said = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout

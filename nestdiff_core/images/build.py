@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +41,7 @@ def build_images(config: ImagesConfig, writer: ArtifactWriter, *, progress: Prog
     """Write index, shards and class names below `writer.path`; returns counts for the manifest. Does not seal.
 
     Raises InputError for a source that is not there, a shard that is not whole, fewer than two images, or more
-    unusable images than `config.max_bad_samples`; rejects.jsonl then lists all of these.
+    unusable images than `config.max_bad_samples`; PATH.rejects.jsonl then lists all of these.
     """
     progress = progress or silent
     match config.source:
@@ -264,6 +265,8 @@ class _Ledger:
         counts, budget = self._counts, self.config.max_bad_samples
         if counts["rejected"] > budget:
             first = self._rejects[0]
+            listed = self.path.with_name(f"{self.path.name}.{REJECTS}")  # beside it: an index of before comes back
+            shutil.copyfile(self.path / REJECTS, listed)
             raise InputError(
                 f"{counts['rejected']} of {counts['read']} images cannot be used: {first.key} {first.reason}",
                 stage="images",
@@ -271,7 +274,7 @@ class _Ledger:
                 key=first.key,
                 expected=f"at most {budget} (images.max_bad_samples)",
                 found=[f"{reject.key} {reject.reason}" for reject in self._rejects],
-                fix=f"Mend or remove them, or raise images.max_bad_samples; {self.path / REJECTS} lists them all.",
+                fix=f"Mend or remove them, or raise images.max_bad_samples; {listed} lists them all.",
             )
         if counts["kept"] < 2:
             raise InputError(

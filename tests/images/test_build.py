@@ -204,7 +204,7 @@ def test_all_bad_samples_are_told_at_once(build: Build, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="7 of 10") as caught:
         build(source="folder", path=str(root))
     assert len(caught.value.found) == 5
-    assert len((tmp_path / "artifact/rejects.jsonl").read_text().splitlines()) == 7
+    assert len((tmp_path / "artifact.rejects.jsonl").read_text().splitlines()) == 7
 
 
 def test_all_damaged_shards_are_told(build: Build, tmp_path: Path) -> None:
