@@ -19,10 +19,14 @@ from nestdiff_core.progress import LogProgress
 
 POOL = "gpu"
 
+BY_SHARD = ("features", "crops", "text")  # assets with a partition for each image shard
+
 GROUPS = {
     "images": "data",
     "encoder": "data",
     "features": "data",
+    "crops": "data",
+    "text": "data",
     "svd_basis": "hierarchy",
     "latents": "hierarchy",
     "denoiser": "denoisers",
@@ -38,8 +42,8 @@ def asset_key(config: ExperimentConfig, ref: Ref) -> dg.AssetKey:
             return dg.AssetKey([config.name, f"denoiser_level_{ref.level}"])
         case "latents":
             return dg.AssetKey([config.name, "latents", f"z_{ref.level}"])
-        case "svd_basis":
-            return dg.AssetKey([config.name, f"svd_basis_level_{ref.level}"])
+        case "svd_basis" | "crops":
+            return dg.AssetKey([config.name, f"{ref.stage}_level_{ref.level}"])
         case stage:
             return dg.AssetKey([config.name, stage])
 
@@ -57,7 +61,7 @@ def asset_spec(
         asset_key(config, ref),
         deps=[
             dg.AssetDep(
-                asset_key(config, i), partition_mapping=dg.AllPartitionMapping() if i.stage == "features" else None
+                asset_key(config, i), partition_mapping=dg.AllPartitionMapping() if i.stage in BY_SHARD else None
             )
             for i in _visible_inputs(x, ref)
         ],

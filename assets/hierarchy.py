@@ -4,15 +4,20 @@ from collections.abc import Iterator
 
 import dagster as dg
 
-from assets.config import asset_spec, log_progress, refusals
+from assets.config import POOL, asset_spec, log_progress, refusals, runtime_config
 from assets.report import picture, result
 from assets.resources import ArtifactRoot
-from nestdiff_core.config import ExperimentConfig
+from nestdiff_core.config import ExperimentConfig, LevelConfig
 from nestdiff_core.experiment import Ref
 
 
 def _selected(context: dg.AssetExecutionContext, levels: dict[int, dg.AssetKey]) -> list[int]:
     return [level for level, key in levels.items() if key in context.selected_asset_keys]
+
+
+def _source(level: LevelConfig) -> str:
+    grid = f"{level.grid}x{level.grid}"
+    return f"the vectors of {grid} crops" if level.source == "patch" else f"the feature map pooled to {grid}"
 
 
 def build_bases(experiment: ExperimentConfig) -> dg.AssetsDefinition:
@@ -22,11 +27,9 @@ def build_bases(experiment: ExperimentConfig) -> dg.AssetsDefinition:
             Ref("svd_basis", level.level),
             kinds={"numpy"},
             description=(
-                f"Centred SVD basis of level {level.level}: the {level.channels} leading components of the "
-                f"feature map pooled to "
-                f"{level.grid}x{level.grid}, fitted on the training split from mergeable second moments, with "
-                f"fixed signs, spectrum and "
-                "standardisation statistics."
+                f"Centred SVD basis of level {level.level}: the {level.channels} leading components of "
+                f"{_source(level)}, fitted on the training split from mergeable second moments, with fixed signs, "
+                "spectrum and standardisation statistics."
             ),
         )
         for level in experiment.levels[1:]
@@ -60,7 +63,7 @@ def build_latents(experiment: ExperimentConfig) -> dg.AssetsDefinition:
         what = (
             "the image in the autoencoder's space"
             if level.level == 1
-            else f"features pooled to the grid, projected on {channels} components, standardised per channel"
+            else f"{_source(level)}, projected on {channels} components, standardised per channel"
         )
         specs[level.level] = asset_spec(
             experiment,
@@ -71,13 +74,27 @@ def build_latents(experiment: ExperimentConfig) -> dg.AssetsDefinition:
         )
     keys = {level: spec.key for level, spec in specs.items()}
 
-    @dg.multi_asset(name="latents", specs=[spec._replace(skippable=True) for spec in specs.values()], can_subset=True)
-    def latents(context: dg.AssetExecutionContext, artifacts: ArtifactRoot) -> Iterator[dg.MaterializeResult]:
+    class Runtime(runtime_config(experiment)):
+        """How this run is done; what decides the result is changed in the experiment."""
+
+    @dg.multi_asset(
+        name="latents",
+        specs=[spec._replace(skippable=True) for spec in specs.values()],
+        can_subset=True,
+        pool=None if experiment.autoencoder.kind == "identity" else POOL,
+    )
+    def latents(
+        context: dg.AssetExecutionContext, config: Runtime, artifacts: ArtifactRoot
+    ) -> Iterator[dg.MaterializeResult]:
         from nestdiff_core import stages
+        from nestdiff_core.devices import choose_device
 
         with refusals():
             made = stages.latents(
-                artifacts.experiment(experiment), _selected(context, keys), progress=log_progress(context)
+                artifacts.experiment(experiment),
+                _selected(context, keys),
+                device=choose_device(config.device),
+                progress=log_progress(context),
             )
         for level, artifact in made.items():
             info = artifact.info

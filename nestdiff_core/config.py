@@ -115,16 +115,24 @@ class MoCoConfig:
 class EncoderConfig:
     """The frozen visual encoder whose features the hierarchy is cut from."""
 
-    kind: Literal["moco", "timm"] = knob(
-        "timm", "moco: a ViT pre-trained here on the images; timm: any timm vision transformer."
+    kind: Literal["moco", "timm", "open_clip", "torchvision", "autoencoder"] = knob(
+        "timm",
+        "moco: a ViT pre-trained here on the images; timm: any timm vision transformer; open_clip: the image tower of "
+        "a CLIP; torchvision: a convolutional network; autoencoder: the code of this experiment's autoencoder.",
     )
-    name: str = knob("vit_small_patch16_224", "timm model name, for kind timm.")
+    name: str = knob("vit_small_patch16_224", "The library's name of the model, for timm, open_clip and torchvision.")
     weights: str = knob(
         "",
-        "For kind timm: a local .safetensors or .pth file, `hub` for timm's own download, "
-        "or `random` for an untrained network.",
+        "For timm, open_clip and torchvision: a local .safetensors or .pth file, `hub` for the library's own download "
+        "(open_clip: `hub:TAG`), or `random` for an untrained network.",
     )
     input_size: int = knob(224, "Side in pixels to which images are resized (bicubic) for the encoder.")
+    layer: str = knob("features", "For torchvision: the submodule whose output is the feature map.")
+    mean: tuple[float, ...] = knob((), "Channel means of images in [0, 1]; empty: those the model was published with.")
+    std: tuple[float, ...] = knob((), "Channel deviations; empty: those the model was published with.")
+    fold: int = knob(
+        4, "For autoencoder: blocks of fold x fold code positions become channels, so that a level can be small."
+    )
     vit: ViTConfig = knob(ViTConfig(), "Shape of the network, for kind moco.")
     moco: MoCoConfig = knob(MoCoConfig(), "Pre-training, for kind moco.")
 
@@ -136,8 +144,13 @@ class EncoderConfig:
                 f"a multiple of encoder.vit.patch_size = {self.vit.patch_size}",
                 self.input_size,
             )
-        else:
+        elif self.kind != "autoencoder":
             _require(bool(self.weights), "encoder.weights", "a file, `hub` or `random`", self.weights)
+        _require(self.fold >= 1, "encoder.fold", ">= 1", self.fold)
+        for name in ("mean", "std"):
+            _require(
+                len(getattr(self, name)) in (0, 1, 3), f"encoder.{name}", "no, 1 or 3 numbers", getattr(self, name)
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +164,7 @@ class FeaturesConfig:
     dtype: Literal["float16", "float32"] = knob(
         "float16", "Stored precision; an overflow is refused by key and channel."
     )
+    flip: bool = knob(False, "Whether the mirror image is encoded and stored too; training then reads either.")
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 1, "features.batch_size", ">= 1", self.batch_size)
@@ -161,7 +175,36 @@ class FeaturesConfig:
 class AutoencoderConfig:
     """What space z_1 lives in."""
 
-    kind: Literal["identity"] = knob("identity", "identity: z_1 is the image itself, scaled to [-1, 1].")
+    kind: Literal["identity", "kl", "taef2"] = knob(
+        "identity",
+        "identity: z_1 is the image itself, scaled to [-1, 1]; kl: diffusers' AutoencoderKL (Stable Diffusion's "
+        "KL-f8); taef2: the tiny autoencoder of FLUX.2's space.",
+    )
+    weights: str = knob(
+        "",
+        "For kl: a folder as diffusers saves it, or `hub:NAME`; for taef2: the folder of its .safetensors; "
+        "for both `random`, for tests.",
+    )
+    scale: float = knob(1.0, "The code is multiplied by this to become z_1 (0.18215 for Stable Diffusion's KL-f8).")
+    channels: Literal[1, 3] = knob(3, "For kl and taef2: channels of decoded images; 1 averages their RGB.")
+    posterior: Literal["mean", "sample"] = knob(
+        "mean", "For kl: whether z_1 is the mean of the code's distribution, or one sample of it (seeded by row)."
+    )
+
+    def __post_init__(self) -> None:
+        if self.kind != "identity":
+            _require(bool(self.weights), "autoencoder.weights", "a folder, or `hub:NAME` for kl", self.weights)
+        _require(self.scale > 0, "autoencoder.scale", "> 0", self.scale)
+
+    def latent_shape(self, channels: int, resolution: int) -> tuple[int, int, int]:
+        """(C, H, W) of z_1 for square images of `resolution` pixels."""
+        match self.kind:
+            case "identity":
+                return channels, resolution, resolution
+            case "kl":
+                return 4, resolution // 8, resolution // 8
+            case "taef2":
+                return 32, resolution // 8, resolution // 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +248,10 @@ class TrainConfig:
     ema_decay: float = knob(0.9999, "Decay of the exponential moving average of the weights, which is what samples.")
     grad_clip: float = knob(0.0, "Largest gradient norm; 0 turns clipping off, as published.")
     condition_drop: float = knob(0.1, "Chance that a sample is trained without any of its conditions (for guidance).")
+    start_from: str = knob(
+        "",
+        "A file of published U-ViT weights to start from; what it does not have (conditions) starts as usual.",
+    )
     seed: int = knob(0, "Seed of initialisation, data order, noise and dropping.")
     log_every: int = knob(100, "Steps between log lines.")
     checkpoint_every: int = knob(5_000, "Steps between checkpoints.")
@@ -225,12 +272,19 @@ class LevelConfig:
     level: int = knob(1, "1 is the image, the largest number the most abstract latent.")
     grid: int = knob(0, "Side of z_l's square grid; level 1 may leave it 0, the autoencoder says.")
     channels: int = knob(0, "Channels of z_l: SVD components kept; level 1 may leave it 0.")
-    source: Literal["pooled"] = knob("pooled", "pooled: average-pool the feature map. (Level 1 has the autoencoder.)")
+    source: Literal["pooled", "patch"] = knob(
+        "pooled",
+        "pooled: average-pool the feature map to the grid; patch: cut the image into grid x grid crops and encode each "
+        "to one vector. (Level 1 has the autoencoder.)",
+    )
     patch_size: int = knob(1, "Side of the patch of z_l that becomes one token.")
     condition_noise: float = knob(
         0.0, "sigma_l: standard deviation of the noise on z_l where it conditions a lower level."
     )
     guidance: float = knob(0.0, "w: eps = cond + w (cond - null) while sampling this level; 0 is no guidance.")
+    guidance_interval: tuple[float, ...] = knob(
+        (0.0, 1.0), "First and last time t at which guidance is on; 0 is data, 1 is noise."
+    )
     model: UViTConfig = knob(UViTConfig(), "Shape of the denoiser.")
     train: TrainConfig = knob(TrainConfig(), "Training of the denoiser.")
 
@@ -238,19 +292,59 @@ class LevelConfig:
         _require(self.level >= 1, "levels.level", ">= 1", self.level)
         _require(self.patch_size >= 1, "levels.patch_size", ">= 1", self.patch_size, level=self.level)
         _require(self.condition_noise >= 0, "levels.condition_noise", ">= 0", self.condition_noise, level=self.level)
+        interval = self.guidance_interval
+        _require(
+            len(interval) == 2 and 0.0 <= interval[0] <= interval[1] <= 1.0,
+            "levels.guidance_interval",
+            "two times with 0 <= first <= last <= 1",
+            interval,
+            level=self.level,
+        )
         if self.level > 1:
             _require(self.grid >= 1, "levels.grid", ">= 1", self.grid, level=self.level)
             _require(self.channels >= 1, "levels.channels", ">= 1", self.channels, level=self.level)
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The frozen CLIP text tower whose last hidden states condition the denoisers (77 x 768 in U-ViT's COCO set-up)."""
+
+    name: str = knob("ViT-L-14", "open_clip model name.")
+    weights: str = knob("hub:openai", "A local file, `hub:TAG` for open_clip's own download, or `random`.")
+    captions_per_image: int = knob(
+        5, "Captions of an image that are encoded; one of them is drawn at every training step."
+    )
+    length: int = knob(77, "Tokens of the text tower.")
+    width: int = knob(768, "Channels of the text tower.")
+    batch_size: int = knob(
+        256, "Captions per pass; part of the fingerprint, since another batch gives other last bits."
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("captions_per_image", "length", "width", "batch_size"):
+            _require(getattr(self, name) >= 1, f"conditioning.text.{name}", ">= 1", getattr(self, name))
+        _require(bool(self.weights), "conditioning.text.weights", "a file, `hub:TAG` or `random`", self.weights)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConditioningConfig:
-    """What a denoiser is told."""
+    """What a denoiser is told, and how."""
 
     levels: Literal["all_above", "markov"] = knob(
         "all_above", "all_above: every z_m with m > l (cvpr); markov: z_{l+1} only (iclr)."
     )
-    labels: Literal["none", "class"] = knob("none", "none: unconditional; class: the class label is an extra token.")
+    injection: Literal["tokens", "fusion"] = knob(
+        "tokens",
+        "tokens: conditions are extra input tokens (cvpr); fusion: convolutions bring them to the token grid, where "
+        "they are added every two blocks (iclr).",
+    )
+    labels: Literal["none", "class", "text"] = knob(
+        "none", "none: unconditional; class: the class label is an extra token; text: so is each token of a caption."
+    )
+    text: TextConfig = knob(TextConfig(), "The text tower, for labels text.")
+    drop: Literal["together", "each"] = knob(
+        "together", "In training: one coin drops the label and all conditions of a sample, or a coin for each of them."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,14 +363,29 @@ class DiffusionConfig:
 class SamplingConfig:
     """How the cascade is sampled."""
 
-    sampler: Literal["dpm_solver_pp", "ddim"] = knob(
-        "dpm_solver_pp", "dpm_solver_pp: DPM-Solver++ 2M; ddim: deterministic DDIM."
+    sampler: Literal["dpm_solver_pp", "dpm_solver", "ddim", "ddpm"] = knob(
+        "dpm_solver_pp",
+        "dpm_solver_pp: DPM-Solver++ 2M; dpm_solver: the single-step solver of order 3 that the paper uses; ddim: "
+        "deterministic DDIM; ddpm: ancestral sampling.",
+    )
+    spacing: Literal["lambda", "time"] = knob(
+        "lambda", "Even steps in half the log signal-to-noise ratio, or in time (the paper, for dpm_solver)."
     )
     num_evaluations: int = knob(50, "Network evaluations per level (guidance doubles the batch, not this number).")
     num_images: int = knob(1_000, "Images that the `samples` stage generates.")
     batch_size: int = knob(250, "Images generated together; changes an image by rounding only.")
     noise_gamma: float = knob(
         0.0, "gamma: while sampling, a condition's noise variance is (t/T)^gamma sigma_m^2; inf is none."
+    )
+    noise_decay: Literal["variance", "deviation"] = knob(
+        "variance",
+        "Whether (t/T)^gamma scales the variance (the paper's text) or the standard deviation (its caption).",
+    )
+    noise_draw: Literal["call", "once"] = knob(
+        "call", "Whether a condition's noise is drawn anew at every network call or once for an image and level."
+    )
+    null_branch: Literal["all", "conditions"] = knob(
+        "all", "What guidance contrasts with: neither label nor conditions, or the label alone."
     )
     seed: int = knob(0, "Seed; image i depends on (seed, i) only.")
 
@@ -294,6 +403,7 @@ class EvaluationConfig:
     extractors: tuple[str, ...] = knob(
         ("encoder",), "Feature spaces of the Frechet distance: encoder (this experiment's own), pixels, inception."
     )
+    reference: Literal["train", "held_out"] = knob("train", "The real images that samples are compared with.")
     inception_weights: str = knob("", "For inception: a local .pth, or `download` to let torch-fidelity fetch it.")
     num_neighbours: int = knob(3, "k of precision and recall.")
     probe: bool = knob(False, "Judge the samples with a classifier trained on the real labelled images.")
@@ -309,6 +419,24 @@ class EvaluationConfig:
                 "a file or `download`",
                 self.inception_weights,
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """A greedy search for one level's condition noise (sigma_l), the others held."""
+
+    level: int = knob(0, "Whose sigma is searched; 0 is no search.")
+    sigmas: tuple[float, ...] = knob((0.0, 0.5, 1.0, 1.5), "The candidates.")
+    metric: str = knob("fd_encoder", "The number of the evaluation that is to be small.")
+
+    def __post_init__(self) -> None:
+        _require(self.level >= 0, "search.level", ">= 0", self.level)
+        _require(
+            bool(self.sigmas) and min(self.sigmas) >= 0 and len(set(self.sigmas)) == len(self.sigmas),
+            "search.sigmas",
+            "different numbers >= 0",
+            self.sigmas,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,6 +464,7 @@ class ExperimentConfig:
     diffusion: DiffusionConfig = knob(DiffusionConfig(), "The diffusion process.")
     sampling: SamplingConfig = knob(SamplingConfig(), "The cascade.")
     evaluation: EvaluationConfig = knob(EvaluationConfig(), "The numbers.")
+    search: SearchConfig = knob(SearchConfig(), "A search for one level's condition noise.")
     runtime: RuntimeConfig = knob(RuntimeConfig(), "How work is run; in no fingerprint.")
 
     def __post_init__(self) -> None:
@@ -354,13 +483,31 @@ class ExperimentConfig:
         )
         for level in self.levels:
             self._check_level(level)
+        down = 1 if self.autoencoder.kind == "identity" else 8
+        _require(
+            down == 1 or self.autoencoder.channels == self.images.channels,
+            "autoencoder.channels",
+            f"{self.images.channels}, which images.channels is",
+            self.autoencoder.channels,
+        )
+        _require(
+            self.images.resolution % down == 0,
+            "images.resolution",
+            f"a multiple of {down}, by which the autoencoder {self.autoencoder.kind!r} shrinks it",
+            self.images.resolution,
+        )
+        if self.search.level:
+            self.require_search()
         if self.conditioning.labels == "class":
             _require(
                 self.images.labels, "conditioning.labels", "images.labels: true when it is `class`", self.images.labels
             )
         if self.evaluation.probe:
             _require(
-                self.images.labels, "evaluation.probe", "images.labels: true when the probe is on", self.images.labels
+                self.images.labels and self.evaluation.reference == "train",
+                "evaluation.probe",
+                "images.labels: true and evaluation.reference: train when the probe is on",
+                {"images.labels": self.images.labels, "evaluation.reference": self.evaluation.reference},
             )
 
     def _check_level(self, level: LevelConfig) -> None:
@@ -400,7 +547,15 @@ class ExperimentConfig:
                 grid,
                 level=level.level,
             )
-        if self.encoder.kind == "moco":
+        if level.source == "patch":
+            _require(
+                self.images.resolution % grid == 0,
+                "levels.grid",
+                f"a divisor of images.resolution = {self.images.resolution}, which is cut into so many crops a side",
+                grid,
+                level=level.level,
+            )
+        elif self.encoder.kind == "moco":
             side = self.encoder.input_size // self.encoder.vit.patch_size
             _require(
                 grid <= side,
@@ -409,13 +564,23 @@ class ExperimentConfig:
                 grid,
                 level=level.level,
             )
+        if self.encoder.kind == "moco":
             _require(
                 level.channels <= self.encoder.vit.width,
                 "levels.channels",
-                f"at most {self.encoder.vit.width}, the channels of the encoder's feature map",
+                f"at most {self.encoder.vit.width}, the channels of the encoder's features",
                 level.channels,
                 level=level.level,
             )
+
+    def require_search(self) -> None:
+        """Raise a ConfigError unless `search.level` is a level that conditions others."""
+        _require(
+            2 <= self.search.level <= self.num_levels,
+            "search.level",
+            f"a level that conditions others, 2 to {self.num_levels}",
+            self.search.level,
+        )
 
     @property
     def num_levels(self) -> int:
@@ -434,9 +599,14 @@ class ExperimentConfig:
     def latent_shape(self, number: int) -> tuple[int, int, int]:
         """(channels, height, width) of z_l."""
         if number == 1:
-            return self.images.channels, self.images.resolution, self.images.resolution
+            return self.autoencoder.latent_shape(self.images.channels, self.images.resolution)
         level = self.level(number)
         return level.channels, level.grid, level.grid
+
+    def has_crops(self, number: int) -> bool:
+        """Whether level `number` has a feature store of its own: the vectors of more crops than the whole image."""
+        level = self.level(number)
+        return number > 1 and level.source == "patch" and level.grid > 1
 
     def levels_above(self, number: int) -> tuple[int, ...]:
         """Numbers of the levels that condition level `number`, from the top down."""

@@ -41,7 +41,9 @@ class Stage:
     config: Callable[[ExperimentConfig, int], dict[str, Any]]
     inputs: Callable[[ExperimentConfig, int], tuple[Ref, ...]]
     job: str  # the job that makes it; {level} is filled in
-    grows: bool = False  # new image shards extend it: addressed by the fingerprint of the images, not their digest
+    # Whether it stays what it is when images are added, and is then at most extended: addressed by the fingerprint of
+    # the images, not by their digest.
+    grows: Callable[[ExperimentConfig], bool] = lambda _: False
 
 
 def _denoiser_config(c: ExperimentConfig, level: int) -> dict[str, Any]:
@@ -57,35 +59,68 @@ def _denoiser_config(c: ExperimentConfig, level: int) -> dict[str, Any]:
         "model": own["model"],
         "train": {k: v for k, v in own["train"].items() if k not in ("log_every", "checkpoint_every", "keep_last")},
         "conditions": conditions,
+        "injection": c.conditioning.injection if conditions else None,
         "labels": c.conditioning.labels,
+        "drop": c.conditioning.drop,
         "diffusion": to_dict(c.diffusion),
     }
+
+
+def _denoiser_inputs(c: ExperimentConfig, level: int) -> tuple[Ref, ...]:
+    text = (Ref("text"),) if c.conditioning.labels == "text" else ()
+    return Ref("images"), *text, *(Ref("latents", m) for m in (*c.levels_above(level), level))
+
+
+def _level_features(c: ExperimentConfig, level: int) -> Ref:
+    """Where a level's tokens come from: the crops' own store, or the features of whole images."""
+    return Ref("crops", level) if c.has_crops(level) else Ref("features")
 
 
 def _latents_config(c: ExperimentConfig, level: int) -> dict[str, Any]:
     store = {"chunk_rows": c.features.chunk_rows, "dtype": c.features.dtype}
     if level == 1:
-        return {"autoencoder": to_dict(c.autoencoder), **store}
-    return {"grid": c.level(level).grid, **store}
+        return {"autoencoder": to_dict(c.autoencoder), "flip": c.features.flip, **store}
+    return {"source": c.level(level).source, "grid": c.level(level).grid, **store}
 
 
 def _encoder_config(c: ExperimentConfig, _: int) -> dict[str, Any]:
     plain = to_dict(c.encoder)
-    unused = ("name", "weights") if c.encoder.kind == "moco" else ("vit", "moco")
-    return {k: v for k, v in plain.items() if k not in unused}
+    kind = c.encoder.kind
+    used = {"kind", "input_size", "mean", "std"} | {
+        "moco": {"vit", "moco"},
+        "torchvision": {"name", "weights", "layer"},
+        "autoencoder": {"fold"},
+    }.get(kind, {"name", "weights"})
+    autoencoder = {"autoencoder": to_dict(c.autoencoder)} if kind == "autoencoder" else {}
+    return {k: v for k, v in plain.items() if k in used} | autoencoder
 
 
 STAGES: dict[str, Stage] = {
     "images": Stage(lambda c, _: to_dict(c.images), lambda c, _: (), "build_latents"),
     "encoder": Stage(
-        _encoder_config, lambda c, _: (Ref("images"),) if c.encoder.kind == "moco" else (), "build_latents"
+        _encoder_config, lambda c, _: (Ref("images"),), "build_latents", grows=lambda c: c.encoder.kind != "moco"
     ),
     "features": Stage(
-        lambda c, _: to_dict(c.features), lambda c, _: (Ref("images"), Ref("encoder")), "build_latents", grows=True
+        lambda c, _: to_dict(c.features),
+        lambda c, _: (Ref("images"), Ref("encoder")),
+        "build_latents",
+        grows=lambda _: True,
+    ),
+    "crops": Stage(
+        lambda c, level: {"grid": c.level(level).grid, **to_dict(c.features)},
+        lambda c, _: (Ref("images"), Ref("encoder")),
+        "build_latents",
+        grows=lambda _: True,
+    ),
+    "text": Stage(
+        lambda c, _: {**to_dict(c.conditioning.text), "chunk_rows": c.features.chunk_rows, "dtype": c.features.dtype},
+        lambda c, _: (Ref("images"),),
+        "build_latents",
+        grows=lambda _: True,
     ),
     "moments": Stage(
         lambda c, level: {"source": c.level(level).source, "grid": c.level(level).grid},
-        lambda c, _: (Ref("images"), Ref("features")),
+        lambda c, level: (Ref("images"), _level_features(c, level)),
         "build_latents",
     ),
     "svd_basis": Stage(
@@ -95,18 +130,18 @@ STAGES: dict[str, Stage] = {
     ),
     "latents": Stage(
         _latents_config,
-        lambda c, level: (Ref("images"),) if level == 1 else (Ref("features"), Ref("svd_basis", level)),
+        lambda c, level: (Ref("images"),) if level == 1 else (_level_features(c, level), Ref("svd_basis", level)),
         "build_latents",
     ),
     "denoiser": Stage(
         _denoiser_config,
-        lambda c, level: (Ref("images"), *(Ref("latents", m) for m in (*c.levels_above(level), level))),
+        _denoiser_inputs,
         "train_level_{level}",
     ),
     "samples": Stage(
         lambda c, _: {
             "sampling": to_dict(c.sampling),
-            "guidance": [level.guidance for level in c.levels],
+            "guidance": [[level.guidance, *level.guidance_interval] for level in c.levels],
         },
         lambda c, _: tuple(Ref("denoiser", level.level) for level in c.levels),
         "evaluate",
@@ -116,7 +151,7 @@ STAGES: dict[str, Stage] = {
     ),
 }
 
-PER_LEVEL = ("moments", "svd_basis", "latents", "denoiser")
+PER_LEVEL = ("crops", "moments", "svd_basis", "latents", "denoiser")
 
 
 def home() -> Path:
@@ -133,14 +168,25 @@ class Experiment:
 
     def refs(self) -> list[Ref]:
         """Every artifact of this experiment, in the order in which they are made."""
-        refs = []
-        for stage in STAGES:
-            if stage in PER_LEVEL:
-                first = 2 if stage in ("moments", "svd_basis") else 1
-                refs += [Ref(stage, level) for level in range(first, self.config.num_levels + 1)]
-            else:
-                refs.append(Ref(stage))
-        return refs
+        return [
+            ref
+            for stage in STAGES
+            for ref in (
+                [Ref(stage, level.level) for level in self.config.levels] if stage in PER_LEVEL else [Ref(stage)]
+            )
+            if self._needs(ref)
+        ]
+
+    def _needs(self, ref: Ref) -> bool:
+        match ref:
+            case ("text", _):
+                return self.config.conditioning.labels == "text"
+            case ("crops", int(level)):
+                return self.config.has_crops(level)
+            case ("moments" | "svd_basis", level):
+                return level != 1
+            case _:
+                return True
 
     def stage_config(self, ref: Ref) -> dict[str, Any]:
         """The part of the configuration that decides the artifact, as plain JSON."""
@@ -148,6 +194,10 @@ class Experiment:
 
     def inputs(self, ref: Ref) -> tuple[Ref, ...]:
         return STAGES[ref.stage].inputs(self.config, ref.level or 0)
+
+    def level_features(self, level: int) -> Ref:
+        """Which feature store the tokens of a level above 1 come from."""
+        return _level_features(self.config, level)
 
     def config_hash(self, ref: Ref) -> str:
         """Hash of everything in the configuration that the artifact depends on, ancestors included.
@@ -165,7 +215,7 @@ class Experiment:
         inputs = []
         for i in self.inputs(ref):
             artifact = self.artifact(i)
-            identity = artifact.fingerprint if stage.grows and i.stage == "images" else artifact.digest
+            identity = artifact.fingerprint if stage.grows(self.config) and i.stage == "images" else artifact.digest
             inputs.append({"stage": i.stage, "identity": identity})
         name = fingerprint({"schema_version": SCHEMA_VERSION, "stage": ref.stage, "config": config, "inputs": inputs})
         return {

@@ -5,14 +5,14 @@ Every function raises IntegrityError when the artifact is missing, with the comm
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nestdiff_core.autoencoders import make_autoencoder
+from nestdiff_core.autoencoders import Autoencoder, make_autoencoder
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.diffusion.cascade import sample_cascade
 from nestdiff_core.errors import IntegrityError
@@ -25,7 +25,9 @@ from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stores.reader import StoreReader
 from nestdiff_core.training.data import LatentBatches
 
+FEATURES = Ref("features")
 STORE = "store.zarr"
+TOKENS, EMPTY_CAPTION = "tokens", "empty_caption.safetensors"
 BASIS = "basis.safetensors"
 EMA = "ema.safetensors"
 
@@ -53,19 +55,49 @@ class SplitImages:
         return self._images[row - self._first_rows[shard]]
 
 
-def open_features(x: Experiment, array: str = "map") -> StoreReader:
-    """The stored encoder outputs: `map` (N, C, S, S) or `vector` (N, D), of exactly the images of the index."""
-    artifact, images = x.artifact(Ref("features")), x.artifact(Ref("images"))
+def open_features(x: Experiment, array: str = "map", ref: Ref = FEATURES) -> StoreReader:
+    """The stored encoder outputs, of exactly the images of the index.
+
+    `map` (N, views, C, S, S) or `vector` (N, views, D) of `features`, `map` of a level's `crops`, or `tokens`
+    (N, captions, T, W) of `text`; view 0 is the image, view 1 its mirror image.
+    """
+    artifact, images = x.artifact(ref), x.artifact(Ref("images"))
     if artifact.info["images"] != images.digest:
         raise IntegrityError(
             "The feature store does not cover the images of the index",
-            stage="features",
+            stage=ref.stage,
+            level=ref.level,
             path=artifact.path,
             expected=images.digest,
             found=artifact.info["images"],
-            fix="Materialise `features` again: only new or changed shards are encoded.",
+            fix=f"Materialise `{ref.stage}` again: only new or changed shards are encoded.",
         )
     return StoreReader(artifact.path / STORE, array)
+
+
+class VectorMaps:
+    """A store of vectors (N, views, D) read as feature maps with one position (N, views, D, 1, 1)."""
+
+    def __init__(self, vectors: StoreReader) -> None:
+        self.vectors, self.path, self.rows_per_shard = vectors, vectors.path, vectors.rows_per_shard
+        self.shape: tuple[int, ...] = (*vectors.shape, 1, 1)
+
+    def read_shard(self, shard: int) -> np.ndarray:
+        return self.vectors.read_shard(shard)[..., None, None]
+
+    def iterate_shards(self) -> Iterator[tuple[int, np.ndarray]]:
+        return ((shard, self.read_shard(shard)) for shard in range(len(self.rows_per_shard)))
+
+
+def open_level_features(x: Experiment, level: int) -> StoreReader | VectorMaps:
+    """The feature maps (N, views, C, S, S) that a level above 1 is pooled from: of the image, or of its crops.
+
+    A single crop is the whole image, and its vector is already in the features.
+    """
+    ref = x.level_features(level)
+    if x.config.level(level).source == "patch" and ref == FEATURES:
+        return VectorMaps(open_features(x, "vector"))
+    return open_features(x, "map", ref)
 
 
 def open_basis(x: Experiment, level: int) -> Basis:
@@ -76,16 +108,28 @@ def open_latents(x: Experiment, level: int) -> StoreReader:
     return StoreReader(x.artifact(Ref("latents", level)).path / STORE, f"z_{level}")
 
 
+def open_autoencoder(x: Experiment, *, device: str = "cpu") -> Autoencoder:
+    return make_autoencoder(x.config.autoencoder, device=device)
+
+
+def null_context(x: Experiment) -> Tensor | None:
+    """Tokens (1, T, W) of the empty caption, where denoisers read captions."""
+    if x.config.conditioning.labels != "text":
+        return None
+    return load_file(x.artifact(Ref("text")).path / EMPTY_CAPTION)[TOKENS]
+
+
 def num_classes(config: ExperimentConfig, index: ImageIndex) -> int:
     """Classes that denoisers are told of: 0 for an unconditional experiment."""
     return index.num_classes if config.conditioning.labels == "class" else 0
 
 
 def latent_batches(x: Experiment, level: int) -> LatentBatches:
-    """Latents of a level and of its conditions, and labels where denoisers read them."""
+    """Latents of a level and of its conditions, and labels or captions where denoisers read them."""
     index = open_index(x)
     readers = {m: open_latents(x, m) for m in (*x.config.levels_above(level), level)}
-    return LatentBatches(readers, index.labels if num_classes(x.config, index) else None)
+    captions = open_features(x, TOKENS, Ref("text")) if x.config.conditioning.labels == "text" else None
+    return LatentBatches(readers, index.labels if num_classes(x.config, index) else None, captions)
 
 
 def open_denoiser(x: Experiment, level: int, *, device: str = "cpu") -> NestedDenoiser:
@@ -109,8 +153,7 @@ def generate(
     """Latents z_l (N, C, H, W) of every level, sampled from the top down; see `diffusion.sample_cascade`.
 
     image_indices: which images; image i depends on (seed, i) only. given: latents of levels that are not sampled.
-    null_conditions: withhold every condition. A class-conditional experiment cycles through its classes: image i has
-    label i mod num_classes.
+    null_conditions: withhold every condition. See `sampling_labels` for labels and captions.
     """
     indices, given = list(image_indices), given or {}
     denoisers = {
@@ -118,19 +161,30 @@ def generate(
         for level in range(1, x.config.num_levels + 1)
         if level not in given
     }
-    classes = num_classes(x.config, open_index(x))
-    labels = torch.tensor([i % classes for i in indices]) if classes else None
     return sample_cascade(
         denoisers,
         x.config,
         image_indices=indices,
         seed=seed,
-        labels=labels,
+        labels=sampling_labels(x, indices),
         given=given,
         null_conditions=null_conditions,
         device=torch.device(device),
         progress=progress,
     )
+
+
+def sampling_labels(x: Experiment, indices: list[int]) -> Tensor | None:
+    """What the images `indices` are sampled with: class i mod num_classes (N,), or the first caption of held-out image
+    i mod their number as tokens (N, T, W), or None."""
+    index = open_index(x)
+    if classes := num_classes(x.config, index):
+        return torch.tensor([i % classes for i in indices])
+    if x.config.conditioning.labels != "text":
+        return None
+    held_out = index.rows("held_out")
+    rows = held_out[np.asarray(indices, np.int64) % len(held_out)]
+    return torch.from_numpy(open_features(x, TOKENS, Ref("text")).read(rows, np.zeros_like(rows))).float()
 
 
 def generate_without_conditions(
@@ -142,6 +196,6 @@ def generate_without_conditions(
     return generate(x, indices, seed=seed, given=unread, null_conditions=True, device=device, progress=progress)[1]
 
 
-def decode(x: Experiment, z_1: Tensor) -> np.ndarray:
+def decode(x: Experiment, z_1: Tensor, *, device: str = "cpu") -> np.ndarray:
     """Images uint8 (N, H, W, C) of latents of level 1."""
-    return to_uint8(make_autoencoder(x.config.autoencoder).decode(z_1.float().cpu()))
+    return to_uint8(open_autoencoder(x, device=device).decode(z_1.float()).cpu())

@@ -8,8 +8,10 @@ missing is an IntegrityError with the command that makes it.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,15 +20,24 @@ from safetensors.torch import save_file
 
 from nestdiff_core import loading
 from nestdiff_core.artifacts import Artifact, ArtifactWriter, is_sealed, open_artifact, write_json, writing
-from nestdiff_core.autoencoders import make_autoencoder
+from nestdiff_core.autoencoders import Autoencoder
+from nestdiff_core.config import LevelConfig
 from nestdiff_core.config_io import to_dict
-from nestdiff_core.encoders import build_encoder, extract_features, load_encoder
-from nestdiff_core.errors import ConfigError, IntegrityError
+from nestdiff_core.encoders import (
+    build_encoder,
+    encode_captions,
+    extract_crops,
+    extract_features,
+    feature_shapes,
+    load_encoder,
+)
+from nestdiff_core.encoders.text import build_text_tower
+from nestdiff_core.errors import ConfigError, InputError, IntegrityError
 from nestdiff_core.evaluation.card import SampleOrigin
 from nestdiff_core.evaluation.report import evaluate
 from nestdiff_core.evaluation.samples import load_samples, save_samples
 from nestdiff_core.experiment import Experiment, Ref
-from nestdiff_core.images import build_images, source_listing
+from nestdiff_core.images import ImageIndex, build_images, source_listing
 from nestdiff_core.latents.basis import fit_basis
 from nestdiff_core.latents.hierarchy import encode_levels, level_moments
 from nestdiff_core.latents.moments import Moments
@@ -64,7 +75,28 @@ def encoder(x: Experiment, *, device: str = "cpu", progress: Progress = silent) 
         return made
     index = loading.open_index(x)
     with writing(x.path(ref), x.header(ref)) as writer:
-        return writer.seal(**build_encoder(x.config.encoder, index, writer, device=device, progress=progress))
+        made = build_encoder(
+            x.config.encoder, index, writer, autoencoder=x.config.autoencoder, device=device, progress=progress
+        )
+        for level in x.config.levels[1:]:
+            shape = made["map"] if level.source == "pooled" else (*made["vector"], level.grid)
+            _require_features(level, "encoder", channels=shape[0], side=shape[1])
+        return writer.seal(**made)
+
+
+def _require_features(level: LevelConfig, stage: str, *, channels: int, side: int) -> None:
+    """Refuse a level that asks for more than the encoder gives, before anything is encoded for it."""
+    for name, found, limit in (("grid", level.grid, side), ("channels", level.channels, channels)):
+        if found > limit:
+            raise ConfigError(
+                f"Level {level.level} asks more than the encoder's features have",
+                stage=stage,
+                level=level.level,
+                key=f"levels.{name}",
+                expected=f"at most {limit}",
+                found=found,
+                fix="Lower it, or use another encoder.",
+            )
 
 
 def features(
@@ -72,41 +104,126 @@ def features(
 ) -> tuple[Artifact | None, dict[str, dict[str, Any]]]:
     """Encode image shards (all, or those named) into the feature store, one committed part a shard.
 
+    Arrays: `map` (N, views, C, S, S) and `vector` (N, views, D); view 0 is the image, view 1 its mirror image.
+
     Returns the sealed artifact, or None while shards are still missing, and the record of each shard asked for.
     A shard whose part is whole and was made from the same image shard is not encoded again.
     """
-    ref, config, index = Ref("features"), x.config.features, loading.open_index(x)
+    config = x.config.features
+    views = 1 + config.flip
+
+    def start(_: Path) -> tuple[_Shapes, _EncodeShard]:
+        frozen = load_encoder(x.artifact(Ref("encoder")), device=device)
+        shapes = {name: (views, *shape) for name, shape in feature_shapes(frozen).items()}
+
+        def encode(index: ImageIndex, k: int) -> dict[str, np.ndarray]:
+            pixels, row = index.read_shard(k), index.shards[k].first_row
+            feature_map, vector = extract_features(
+                frozen, pixels, config.batch_size, config.dtype, first_row=row, flip=config.flip
+            )
+            return {"map": feature_map, "vector": vector}
+
+        return shapes, encode
+
+    return _by_shard(x, Ref("features"), start, shards, progress)
+
+
+def crops(
+    x: Experiment, level: int, *, shards: Sequence[str] | None = None, device: str = "cpu", progress: Progress = silent
+) -> tuple[Artifact | None, dict[str, dict[str, Any]]]:
+    """Encode the grid x grid crops of every image to one vector each, for a level whose source is `patch`.
+
+    Array: `map` (N, views, D, grid, grid). Otherwise as `features`.
+    """
+    config, grid = x.config.features, x.config.level(level).grid
+
+    def start(_: Path) -> tuple[_Shapes, _EncodeShard]:
+        frozen = load_encoder(x.artifact(Ref("encoder")), device=device)
+
+        def encode(index: ImageIndex, k: int) -> dict[str, np.ndarray]:
+            pixels, row = index.read_shard(k), index.shards[k].first_row
+            return {
+                "map": extract_crops(
+                    frozen, pixels, grid, config.batch_size, config.dtype, first_row=row, flip=config.flip
+                )
+            }
+
+        return {"map": (1 + config.flip, frozen.vector_channels, grid, grid)}, encode
+
+    return _by_shard(x, Ref("crops", level), start, shards, progress)
+
+
+def text(
+    x: Experiment, *, shards: Sequence[str] | None = None, device: str = "cpu", progress: Progress = silent
+) -> tuple[Artifact | None, dict[str, dict[str, Any]]]:
+    """Encode the captions with the frozen text tower: array `tokens` (N, captions, T, W), and the empty caption.
+
+    An image with fewer captions than `captions_per_image` repeats them; one without any is an InputError. Otherwise
+    as `features`.
+    """
+    config, dtype = x.config.conditioning.text, x.config.features.dtype
+
+    count = config.captions_per_image
+
+    def start(folder: Path) -> tuple[_Shapes, _EncodeShard]:
+        tower = build_text_tower(config, device=device)
+        save_file({loading.TOKENS: tower.encode([""]).cpu().contiguous()}, folder / loading.EMPTY_CAPTION)
+
+        def encode(index: ImageIndex, k: int) -> dict[str, np.ndarray]:
+            captions = [c for several in _captions(index, k) for c in itertools.islice(itertools.cycle(several), count)]
+            tokens = encode_captions(tower.encode, captions, config.batch_size, dtype)
+            return {loading.TOKENS: tokens.reshape(-1, count, *tokens.shape[1:])}
+
+        return {loading.TOKENS: (count, config.length, config.width)}, encode
+
+    return _by_shard(x, Ref("text"), start, shards, progress)
+
+
+_Shapes = dict[str, tuple[int, ...]]
+_EncodeShard = Callable[[ImageIndex, int], dict[str, np.ndarray]]
+
+
+def _by_shard(
+    x: Experiment,
+    ref: Ref,
+    start: Callable[[Path], tuple[_Shapes, _EncodeShard]],
+    shards: Sequence[str] | None,
+    progress: Progress,
+) -> tuple[Artifact | None, dict[str, dict[str, Any]]]:
+    """Fill a store shard by shard, each committed by itself; see `features`.
+
+    start: called once there is something to do, with the artifact's folder; gives the shapes of the store's rows and
+    what makes those of a shard.
+    """
+    config, index = x.config.features, loading.open_index(x)
     names = [shard.name for shard in index.shards]
     asked = names if shards is None else list(shards)
     if unknown := sorted(set(asked) - set(names)):
         raise ConfigError(
             "The image index has no such shard",
-            stage="features",
+            stage=ref.stage,
             key=unknown[0],
             expected=names,
             found=unknown,
             fix="Materialise `images` again if the source has grown.",
         )
-    if (made := _reuse(x, ref)) is not None and made.info["images"] == x.artifact(Ref("images")).digest:
+    digest = x.artifact(Ref("images")).digest
+    if (made := _reuse(x, ref)) is not None and made.info["images"] == digest:
         return made, {name: made.info["parts"][name] for name in asked}
-    frozen = load_encoder(x.artifact(Ref("encoder")), device=device)
-    shapes = {"map": (frozen.map_channels, frozen.map_side, frozen.map_side), "vector": (frozen.vector_channels,)}
     with writing(x.path(ref), x.header(ref), keep_parts=True) as writer:
-        store = writer.path / loading.STORE
-        counts = [shard.count for shard in index.shards]
-        create_store(
-            store, shapes, config.dtype, counts, config.chunk_rows, {"fingerprint": writer.header["fingerprint"]}
-        )
+        shapes, encode = start(writer.path)
+        store, counts = writer.path / loading.STORE, [shard.count for shard in index.shards]
+        attributes = {"fingerprint": writer.header["fingerprint"]}
+        if ref.stage != "text":
+            attributes["preprocessing"] = x.artifact(Ref("encoder")).info["preprocessing"]
+        create_store(store, shapes, config.dtype, counts, config.chunk_rows, attributes)
         for done, name in enumerate(asked):
             k = names.index(name)
             record, source = writer.part(name), index.shards[k].sha256
             if record is None or record["source"] != source:
-                feature_map, vector = extract_features(
-                    frozen, index.read_shard(k), config.batch_size, config.dtype, first_row=index.shards[k].first_row
-                )
-                files = write_shard(store, k, {"map": feature_map, "vector": vector})
+                files = write_shard(store, k, encode(index, k))
                 writer.commit_part(name, files, rows=counts[k], source=source)
-            progress(done + 1, len(asked), "features")
+            progress(done + 1, len(asked), ref.stage)
         parts = {
             shard.name: {"rows": shard.count}
             for shard in index.shards
@@ -115,10 +232,22 @@ def features(
         records = {name: parts[name] for name in asked}
         if len(parts) < len(names):
             return None, records
-        digest = x.artifact(Ref("images")).digest
-        return writer.seal(
-            images=digest, rows=index.num_images, parts=parts, map=shapes["map"], vector=shapes["vector"]
-        ), records
+        return writer.seal(images=digest, rows=index.num_images, parts=parts, arrays=shapes), records
+
+
+def _captions(index: ImageIndex, shard: int) -> list[list[str]]:
+    first = index.shards[shard].first_row
+    captions = index.captions[first : first + index.shards[shard].count]
+    bare = [index.keys[first + i] for i, several in enumerate(captions) if not several]
+    if bare:
+        raise InputError(
+            f"{len(bare)} images have no caption",
+            stage="text",
+            path=index.shards[shard].path,
+            key=bare[0],
+            fix="Add a .txt (or .json with `captions`) member for each, or set conditioning.labels to none.",
+        )
+    return captions
 
 
 # --- hierarchy ----------------------------------------------------------------------------------------------------
@@ -145,41 +274,37 @@ def bases(x: Experiment, levels: Sequence[int] | None = None, *, progress: Progr
 def _moments(x: Experiment, levels: Sequence[int], progress: Progress) -> None:
     if not levels:
         return
-    index, reader = loading.open_index(x), loading.open_features(x)
-    channels, side = reader.shape[1], reader.shape[2]
+    index = loading.open_index(x)
+    by_store: dict[Ref, list[int]] = {}
     for level in levels:
-        config = x.config.level(level)
-        for name, found, limit in (("grid", config.grid, side), ("channels", config.channels, channels)):
-            if found > limit:
-                raise ConfigError(
-                    f"Level {level} asks more than the encoder's feature map has",
-                    stage="svd_basis",
-                    level=level,
-                    key=f"levels.{name}",
-                    expected=f"at most {limit}",
-                    found=found,
-                    fix="Lower it, or use another encoder.",
-                )
-    grids = {x.config.level(level).grid: level for level in levels}  # levels with one grid share their moments
-    by_grid = level_moments(reader, sorted(grids), index.rows("train"), progress=progress)
-    for grid, level in grids.items():
-        ref = Ref("moments", level)
-        with writing(x.path(ref), x.header(ref)) as writer:
-            by_grid[grid].save(writer.path / "moments.npz")
-            writer.seal(tokens=by_grid[grid].count)
+        by_store.setdefault(x.level_features(level), []).append(level)
+    for several in by_store.values():
+        reader = loading.open_level_features(x, several[0])
+        channels, side = reader.shape[2:4]
+        for level in several:
+            _require_features(x.config.level(level), "svd_basis", channels=channels, side=side)
+        grids = {x.config.level(level).grid: level for level in several}  # levels with one grid share their moments
+        by_grid = level_moments(reader, sorted(grids), index.rows("train"), progress=progress)
+        for grid, level in grids.items():
+            ref = Ref("moments", level)
+            with writing(x.path(ref), x.header(ref)) as writer:
+                by_grid[grid].save(writer.path / "moments.npz")
+                writer.seal(tokens=by_grid[grid].count)
 
 
-def latents(x: Experiment, levels: Sequence[int] | None = None, *, progress: Progress = silent) -> dict[int, Artifact]:
-    """Materialise z_l of the given levels (default: all); one read of the features serves levels 2..L."""
+def latents(
+    x: Experiment, levels: Sequence[int] | None = None, *, device: str = "cpu", progress: Progress = silent
+) -> dict[int, Artifact]:
+    """Materialise z_l (N, views, C, H, W) of the given levels (default: all); one read of a store serves its levels."""
     levels = range(1, x.config.num_levels + 1) if levels is None else levels
     made = {level: artifact for level in levels if (artifact := _reuse(x, Ref("latents", level))) is not None}
     todo = [level for level in levels if level not in made]
     if not todo:
         return made
     index, config = loading.open_index(x), x.config.features
-    autoencoder = make_autoencoder(x.config.autoencoder)
+    autoencoder, views = loading.open_autoencoder(x, device=device), 1 + config.flip
     level_bases = {level: loading.open_basis(x, level) for level in todo if level > 1}
-    reader = loading.open_features(x) if level_bases else None
+    readers = {level: loading.open_level_features(x, level) for level in level_bases}
     with contextlib.ExitStack() as stack:
         writers: dict[int, ArtifactWriter] = {}
         for level in todo:
@@ -187,7 +312,7 @@ def latents(x: Experiment, levels: Sequence[int] | None = None, *, progress: Pro
             writer = writers[level] = stack.enter_context(writing(x.path(ref), x.header(ref), keep_parts=True))
             create_store(
                 writer.path / loading.STORE,
-                {f"z_{level}": x.config.latent_shape(level)},
+                {f"z_{level}": (views, *x.config.latent_shape(level))},
                 config.dtype,
                 [shard.count for shard in index.shards],
                 config.chunk_rows,
@@ -197,10 +322,16 @@ def latents(x: Experiment, levels: Sequence[int] | None = None, *, progress: Pro
             missing = [level for level in todo if writers[level].part(shard.name) is None]
             z: dict[int, np.ndarray] = {}
             if 1 in missing:
-                z[1] = autoencoder.encode(index.read_shard(k)).numpy()
-            wanted = {level: (x.config.level(level).grid, level_bases[level]) for level in missing if level > 1}
-            if reader is not None and wanted:
-                z |= encode_levels(reader.read_shard(k), wanted)
+                z[1] = _codes(autoencoder, index, k, views)
+            by_store: dict[Ref, list[int]] = {}
+            for level in missing:
+                if level > 1:
+                    by_store.setdefault(x.level_features(level), []).append(level)
+            for levels_of_store in by_store.values():
+                maps = readers[levels_of_store[0]].read_shard(k)
+                wanted = {level: (x.config.level(level).grid, level_bases[level]) for level in levels_of_store}
+                encoded = encode_levels(maps.reshape(-1, *maps.shape[2:]), wanted)
+                z |= {level: z_l.reshape(-1, views, *z_l.shape[1:]) for level, z_l in encoded.items()}
             for level, z_l in z.items():
                 files = write_shard(writers[level].path / loading.STORE, k, {f"z_{level}": z_l})
                 writers[level].commit_part(shard.name, files, rows=shard.count)
@@ -214,15 +345,25 @@ def latents(x: Experiment, levels: Sequence[int] | None = None, *, progress: Pro
     return made
 
 
+def _codes(autoencoder: Autoencoder, index: ImageIndex, k: int, views: int) -> np.ndarray:
+    """z_1 (n, views, C, H, W) of a shard's images, and of their mirror images with two views."""
+    images, shard = index.read_shard(k), index.shards[k]
+    rows = np.arange(shard.first_row, shard.first_row + shard.count)
+    codes = [autoencoder.encode(images, rows=rows).numpy()]
+    if views == 2:
+        codes.append(autoencoder.encode(images[:, :, ::-1].copy(), rows=rows + index.num_images).numpy())
+    return np.stack(codes, axis=1)
+
+
 def _channel_statistics(reader: StoreReader, rows: np.ndarray, block: int = 4096) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation per channel over images and positions, in float64, two passes."""
+    """Mean and standard deviation per channel over images, views and positions, in float64, two passes."""
     blocks = [rows[start : start + block] for start in range(0, len(rows), block)]
-    count, channels = len(rows) * int(np.prod(reader.shape[2:])), reader.shape[1]
-    mean, variance = np.zeros(channels), np.zeros(channels)
+    _, views, channels, height, width = reader.shape
+    count, mean, variance = len(rows) * views * height * width, np.zeros(channels), np.zeros(channels)
     for b in blocks:
-        mean += reader.read(b).sum(axis=(0, 2, 3), dtype=np.float64) / count
+        mean += reader.read(b).sum(axis=(0, 1, 3, 4), dtype=np.float64) / count
     for b in blocks:
-        variance += ((reader.read(b) - mean[:, None, None]) ** 2).sum(axis=(0, 2, 3)) / count
+        variance += ((reader.read(b) - mean[:, None, None]) ** 2).sum(axis=(0, 1, 3, 4)) / count
     return mean, np.sqrt(variance)
 
 
@@ -256,6 +397,7 @@ def train(
             train_rows=index.rows("train"),
             held_out_rows=index.rows("held_out"),
             num_classes=loading.num_classes(x.config, index),
+            null_context=loading.null_context(x),
             folder=path / CHECKPOINTS,
             device=torch.device(device),
             record={k: header[k] for k in ("fingerprint", "config", "inputs")},
@@ -294,14 +436,14 @@ def samples(x: Experiment, *, device: str = "cpu", progress: Progress = silent) 
     indices = range(config.num_images)
     with writing(x.path(ref), x.header(ref)) as writer:
         z = loading.generate(x, indices, seed=config.seed, device=device, progress=progress)
-        pictures = loading.decode(x, z[1])
+        pictures = loading.decode(x, z[1], device=device)
         save_samples(writer.path / "samples.npz", pictures)
         if x.config.num_levels > 1:
             save_file(
                 {f"z_{m}": z[m].half().cpu().contiguous() for m in z if m > 1}, writer.path / "latents.safetensors"
             )
             bare = loading.generate_without_conditions(x, indices, seed=config.seed, device=device, progress=progress)
-            save_samples(writer.path / "without_conditions.npz", loading.decode(x, bare))
+            save_samples(writer.path / "without_conditions.npz", loading.decode(x, bare, device=device))
         return writer.seal(images=len(pictures), minimum=int(pictures.min()), maximum=int(pictures.max()))
 
 
@@ -311,10 +453,15 @@ def evaluation(x: Experiment, *, device: str = "cpu", progress: Progress = silen
     if (made := _reuse(x, ref)) is not None:
         return made
     index, sampled = loading.open_index(x), x.artifact(Ref("samples"))
-    reference, held_out = loading.SplitImages(index, "train"), loading.SplitImages(index, "held_out")
+    splits = ("train", "held_out") if x.config.evaluation.reference == "train" else ("held_out", "train")
+    reference, held_out = (loading.SplitImages(index, split) for split in splits)
     bare = sampled.path / "without_conditions.npz"
     checkpoints = {level.level: x.artifact(Ref("denoiser", level.level)).digest for level in x.config.levels}
-    label_sampling = "none" if x.config.conditioning.labels == "none" else "image index modulo number of classes"
+    label_sampling = {
+        "none": "none",
+        "class": "image index modulo number of classes",
+        "text": "first caption of the held-out image of this index, modulo their number",
+    }[x.config.conditioning.labels]
     with writing(x.path(ref), x.header(ref)) as writer:
         record = evaluate(
             load_samples(sampled.path / "samples.npz", num_images=x.config.sampling.num_images),

@@ -5,7 +5,7 @@ NESTDIFF_EXPERIMENT names the experiment (a recipe, or the path of a YAML file);
 
 import dagster as dg
 
-from assets import checks, denoisers, encoder, evaluation, features, hierarchy, images
+from assets import checks, denoisers, encoder, evaluation, features, hierarchy, images, search
 from assets.resources import ArtifactRoot, LocalLauncher
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.recipes import load_experiment
@@ -21,12 +21,13 @@ def build_definitions(config: ExperimentConfig) -> dg.Definitions:
         assets=[
             images.build(config),
             encoder.build(config),
-            features.build(config),
+            *features.build(config),
             *([hierarchy.build_bases(config)] if config.num_levels > 1 else []),
             hierarchy.build_latents(config),
             *(denoisers.build(config, level) for level in range(1, config.num_levels + 1)),
             evaluation.build_samples(config),
             evaluation.build_evaluation(config),
+            *search.build(config),
         ],
         asset_checks=checks.build(config),
         jobs=list(jobs.values()),

@@ -4,24 +4,20 @@ import dagster as dg
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
 from assets.config import asset_key
+from assets.search import needed_denoisers, search_keys
 from nestdiff_core.config import ExperimentConfig
-from nestdiff_core.experiment import Ref
+from nestdiff_core.experiment import Experiment, Ref
 
-BUILD = ("images", "encoder", "features", "svd_basis", "latents")
+BUILD = ("images", "encoder", "features", "crops", "text", "svd_basis", "latents")
 
 
 def build_jobs(config: ExperimentConfig) -> dict[str, UnresolvedAssetJobDefinition]:
     """quickstart, build_latents, train_level_1 .. train_level_L, train_all_levels, evaluate; by name."""
     levels = range(1, config.num_levels + 1)
+    refs = Experiment(config).refs()
 
     def keys(stage: str) -> list[dg.AssetKey]:
-        match stage:
-            case "svd_basis":
-                return [asset_key(config, Ref(stage, level)) for level in levels if level > 1]
-            case "latents" | "denoiser":
-                return [asset_key(config, Ref(stage, level)) for level in levels]
-            case _:
-                return [asset_key(config, Ref(stage))]
+        return [asset_key(config, ref) for ref in refs if ref.stage == stage]
 
     def job(name: str, description: str, selected: list[dg.AssetKey]) -> UnresolvedAssetJobDefinition:
         # In one process: steps are short or have a process of their own, and the multiprocess executor would import
@@ -50,4 +46,12 @@ def build_jobs(config: ExperimentConfig) -> dict[str, UnresolvedAssetJobDefiniti
         job("train_all_levels", "Train (or resume) every denoiser; they do not depend on one another.", train),
         job("evaluate", "Sample the cascade and compute its numbers, with fixed seeds.", judge),
     ]
+    if level := config.search.level:
+        jobs.append(
+            job(
+                f"search_sigma_level_{level}",
+                f"Train and evaluate each candidate for sigma_{level}, the other levels held, and compare them.",
+                [*needed_denoisers(config), *search_keys(config)],
+            )
+        )
     return {j.name: j for j in jobs}

@@ -14,7 +14,7 @@ from nestdiff_core import loading, stages
 from nestdiff_core.artifacts import read_json
 from nestdiff_core.cli.digest import experiment_digests
 from nestdiff_core.config import EncoderConfig, ImagesConfig
-from nestdiff_core.errors import InputError, IntegrityError
+from nestdiff_core.errors import ConfigError, InputError, IntegrityError
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.recipes import toy
 
@@ -168,3 +168,17 @@ def test_the_manifest_says_what_made_it(made: Experiment) -> None:
     assert manifest["inputs"][0]["identity"] == made.artifact(Ref("features")).digest
     assert manifest["code_version"]
     assert all(len(record["sha256"]) == 64 for record in manifest["files"].values())
+
+
+def test_a_level_that_the_encoder_cannot_serve_is_refused_at_the_encoder(tmp_path: Path) -> None:
+    """Before any image is encoded: level, setting and both values. The map of this timm network is 2x2."""
+    config = replace(
+        toy(),
+        encoder=EncoderConfig(kind="timm", name="test_vit", weights="random", input_size=32),
+        levels=(toy().level(1), replace(toy().level(2), grid=3)),
+    )
+    x = Experiment(config, tmp_path)
+    stages.images(x)
+    with pytest.raises(ConfigError, match="found 3") as refusal:
+        stages.encoder(x)
+    assert (refusal.value.level, refusal.value.key, refusal.value.expected) == (2, "levels.grid", "at most 2")

@@ -54,7 +54,7 @@ def _hash_content(ref: Ref, path: Path) -> str:
 
             table = pyarrow.parquet.read_table(path / "index.parquet")
             return _hash_plain(table.to_pylist())
-        case "features" | "latents":
+        case "features" | "crops" | "text" | "latents":
             import numpy as np
             import zarr
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from typing import Any
 
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.config_io import to_dict
 from nestdiff_core.experiment import Experiment, Ref
-from nestdiff_core.recipes import load_experiment
+from nestdiff_core.recipes import RECIPES, load_experiment
+from nestdiff_core.recipes.paper import CLASSES, PRINTED, Printed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,57 +26,137 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+DENOISER = (
+    "level", "tokens", "condition tokens", "parameters", "without positions", "MACs", "GFlops iclr", "GFlops cvpr",
+)  # fmt: skip
+HIERARCHY = ("level", "z", "source", "patch", "reads", "sigma", "nats", "KL nats", "guidance", "steps")
+
+
 def run(arguments: argparse.Namespace) -> int:
     experiment = Experiment(load_experiment(arguments.experiment))
-    levels, stages, numbers = level_table(experiment.config), stage_table(experiment), number_table(experiment)
+    levels, stages, numbers = level_table(experiment), stage_table(experiment), number_table(experiment)
+    totals, printed = total_row(levels), paper_table(experiment.config)
     if arguments.json:
-        config = to_dict(experiment.config)
-        print(json.dumps({"levels": levels, "stages": stages, "numbers": numbers, "config": config}, indent=1))
+        plain = {"levels": levels, "total": totals, "paper": printed, "stages": stages, "numbers": numbers}
+        print(json.dumps(_finite({**plain, "config": to_dict(experiment.config)}), indent=1))
         return 0
     print(
         f"experiment {experiment.config.name!r}, {experiment.config.num_levels} levels, artifacts in "
         f"{experiment.root}\n"
     )
-    print(*(format_table(table) for table in (levels, stages, numbers) if table), sep="\n\n")
+    tables = (_columns(levels, HIERARCHY), _columns([*levels, totals], DENOISER), printed, stages, numbers)
+    print(*(format_table(table) for table in tables if table), sep="\n\n")
+    if note := PRINTED.get(experiment.config.name, Printed()).note:
+        print(f"\npaper: {note}")
     if samples := experiment.find(Ref("samples")):
         print(f"\nsamples: {samples.path / 'samples.npz'}")
     return 0
 
 
-def level_table(config: ExperimentConfig) -> list[dict[str, Any]]:
-    """A row per level, from the top: shape, tokens, size and cost of its denoiser, noise and information of its latent.
+def level_table(experiment: Experiment) -> list[dict[str, Any]]:
+    """A row per level, from the top: the latent, what it can tell, and size and cost of its denoiser.
 
-    MACs are those of one forward pass for one image, attention included. nats: what z_l can tell as a condition,
-    1/2 log(1 + 1/sigma^2) per standardised dimension (infinite without noise).
+    parameters: with and without position embeddings (the paper leaves them out). MACs: one forward pass for one image,
+    attention included. GFlops iclr, cvpr: as the paper's two versions count them, 2 MACs of linear and convolution
+    layers without attention, and MACs with attention and five operations for each number in a LayerNorm.
+    nats: what z_l can tell as a condition, 1/2 log(1 + 1/sigma^2) per standardised dimension. KL nats: the paper's
+    measure, KL(N(z_l, sigma^2 I) || N(0, I)) on standardised channels. Both are infinite without noise.
     """
+    import numpy as np
     import torch
 
-    from nestdiff_core.latents.capacity import capacity_nats
-    from nestdiff_core.models import build_denoiser, count_macs, count_parameters
+    from nestdiff_core.latents.capacity import capacity_nats, kl_nats
+    from nestdiff_core.models import build_denoiser, count_layer_norms, count_macs, count_parameters
 
-    rows = []
+    config, rows = experiment.config, []
     for level in reversed(config.levels):
         with torch.device("meta"):
-            model = build_denoiser(config, level.level, num_classes=10 if config.conditioning.labels == "class" else 0)
+            model = build_denoiser(config, level.level, num_classes=_num_classes(experiment))
         channels, height, width = config.latent_shape(level.level)
+        size, above = channels * height * width, level.level > 1
+        sigma = level.condition_noise
         rows.append(
             {
                 "level": level.level,
                 "z": f"{height}x{width}x{channels}",
+                "source": level.source if above else config.autoencoder.kind,
                 "patch": level.patch_size,
-                "tokens": model.num_tokens,
-                "parameters": count_parameters(model),
-                "MACs": count_macs(model),
                 "reads": ", ".join(f"z_{m}" for m in config.levels_above(level.level)) or "-",
-                "sigma": level.condition_noise if level.level > 1 else None,
-                "nats": round(capacity_nats(level.condition_noise, channels * height * width), 1)
-                if level.level > 1
-                else None,
+                "sigma": sigma if above else None,
+                "nats": round(capacity_nats(sigma, size), 1) if above else None,
+                "KL nats": round(kl_nats(np.ones((1, size)), sigma), 1) if above else None,
                 "guidance": level.guidance,
                 "steps": level.train.num_steps,
+                "tokens": model.num_tokens,
+                "condition tokens": model.num_condition_tokens,
+                "parameters": count_parameters(model),
+                "without positions": count_parameters(model, positions=False),
+                "MACs": (macs := count_macs(model)),
+                "GFlops iclr": 2 * count_macs(model, attention=False) / 1e9,
+                "GFlops cvpr": (macs + count_layer_norms(model)) / 1e9,
             }
         )
     return rows
+
+
+def total_row(levels: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums over the levels of what adds up."""
+    summed = ("parameters", "without positions", "MACs", "GFlops iclr", "GFlops cvpr")
+    return {"level": "all"} | {name: sum(row[name] for row in levels) for name in summed}
+
+
+def paper_table(config: ExperimentConfig) -> list[dict[str, Any]]:
+    """What the paper prints about size and cost of this recipe beside what is counted here; none for other recipes.
+
+    Its first version prints the whole of L = 1 and what each further level adds, its second the whole.
+    """
+    printed = PRINTED.get(config.name)
+    if printed is None:
+        return []
+    first_version = config.name.startswith("iclr")
+    cost, decimals = ("GFlops iclr", 2) if first_version else ("GFlops cvpr", 1)
+    total = total_row(level_table(Experiment(config)))
+    rows = [
+        ("parameters, millions", printed.parameters, total["without positions"] / 1e6, 2),
+        ("GFlops", printed.gflops, total[cost], decimals),
+    ]
+    below = RECIPES.get(f"{config.name.removesuffix(str(config.num_levels))}{config.num_levels - 1}")
+    if below is not None:
+        before = total_row(level_table(Experiment(below())))
+        added = (total["without positions"] - before["without positions"]) / 1e6
+        rows.append(("parameters added, millions", printed.growth, added, 2))
+        rows.append(("GFlops added", printed.gflops_growth, total[cost] - before[cost], decimals))
+    return [
+        {
+            "paper": name,
+            "printed": value,
+            "counted": round(counted, digits),
+            "reproduced": "yes" if round(counted, digits) == value else "no",
+        }
+        for name, value, counted, digits in rows
+        if value is not None
+    ]
+
+
+def _num_classes(experiment: Experiment) -> int:
+    """Of the images, where they have been read; else of the paper's data set, or ten."""
+    if experiment.config.conditioning.labels != "class":
+        return 0
+    images = experiment.find(Ref("images"))
+    return images.info["num_classes"] if images else CLASSES.get(experiment.config.name) or 10
+
+
+def _columns(rows: list[dict[str, Any]], names: tuple[str, ...]) -> list[dict[str, Any]]:
+    return [{name: row.get(name) for name in names} for row in rows]
+
+
+def _finite(data: Any) -> Any:
+    """JSON has no infinity: null instead."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and math.isinf(data) else data
 
 
 def stage_table(experiment: Experiment) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Run the pipeline, or some of its stages. What is there already is checked and kept.
 
-Stages: images, encoder, features, bases, latents, train, samples, evaluation; all of them by default.
+Stages: images, encoder, features, crops (for levels cut from crops), text (for captions), bases, latents, train,
+samples, evaluation; all that the experiment has by default.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from nestdiff_core.experiment import Experiment
 from nestdiff_core.progress import TerminalProgress
 from nestdiff_core.recipes import load_experiment
 
-STAGES = ("images", "encoder", "features", "bases", "latents", "train", "samples", "evaluation")
+STAGES = ("images", "encoder", "features", "crops", "text", "bases", "latents", "train", "samples", "evaluation")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +31,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     progress = TerminalProgress()
     device = choose_device(arguments.device)
+    optional = {"crops", "text"} - {ref.stage for ref in experiment.refs()}
     for stage in arguments.stage or STAGES:
+        if stage in optional:
+            continue
         match stage:
             case "train":
                 for level in range(1, experiment.config.num_levels + 1):
@@ -45,8 +49,12 @@ def run(arguments: argparse.Namespace) -> int:
                     )
                     if code:
                         return code
-            case "images" | "bases" | "latents":
+            case "images" | "bases":
                 getattr(stages, stage)(experiment, progress=progress)
+            case "crops":
+                for level in range(1, experiment.config.num_levels + 1):
+                    if experiment.config.has_crops(level):
+                        stages.crops(experiment, level, device=device, progress=progress)
             case _:
                 getattr(stages, stage)(experiment, device=device, progress=progress)
         progress.close()

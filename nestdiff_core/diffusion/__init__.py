@@ -4,7 +4,13 @@ from nestdiff_core.diffusion.cascade import sample_cascade
 from nestdiff_core.diffusion.guidance import guided
 from nestdiff_core.diffusion.loss import level_loss
 from nestdiff_core.diffusion.process import add_noise, to_eps_hat, to_z_hat
-from nestdiff_core.diffusion.samplers import sample_ddim, sample_dpm_solver_pp, time_grid
+from nestdiff_core.diffusion.samplers import (
+    sample_ddim,
+    sample_ddpm,
+    sample_dpm_solver,
+    sample_dpm_solver_pp,
+    time_grid,
+)
 from nestdiff_core.diffusion.schedule import DiscreteSchedule, NoiseSchedule, VPSchedule, make_schedule
 
 __all__ = [
@@ -17,6 +23,8 @@ __all__ = [
     "make_schedule",
     "sample_cascade",
     "sample_ddim",
+    "sample_ddpm",
+    "sample_dpm_solver",
     "sample_dpm_solver_pp",
     "time_grid",
     "to_eps_hat",

@@ -3,7 +3,8 @@
 Owns randomness and batching. An image is decided by (seed, its index): every random number comes from a stream of
 that image and level, and image i always sits in row i mod batch_size of a batch of full size, so that a run over
 part of the images computes the same bits as a run over all. Another batch size gives the same image up to the
-rounding of matrix products of another shape.
+rounding of matrix products of another shape. Streams count levels from the top: a level inserted below leaves the
+samples of those above as they were.
 
 Latents are as the denoisers know them (standardised, z_1 in the autoencoder's space); nothing is clamped here.
 """
@@ -22,12 +23,16 @@ from torch import Tensor
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.diffusion.guidance import guided
 from nestdiff_core.diffusion.process import to_z_hat
-from nestdiff_core.diffusion.samplers import sample_ddim, sample_dpm_solver_pp, time_grid
+from nestdiff_core.diffusion.samplers import (
+    sample_ddim,
+    sample_ddpm,
+    sample_dpm_solver,
+    sample_dpm_solver_pp,
+    time_grid,
+)
 from nestdiff_core.diffusion.schedule import make_schedule
 from nestdiff_core.errors import ConfigError, NumericsError
 from nestdiff_core.progress import Progress, silent
-
-SAMPLERS = {"dpm_solver_pp": sample_dpm_solver_pp, "ddim": sample_ddim}
 
 
 @torch.no_grad()
@@ -37,7 +42,7 @@ def sample_cascade(
     *,
     image_indices: Sequence[int],
     seed: int,
-    labels: Int[Tensor, " N"] | None = None,
+    labels: Int[Tensor, " N"] | Float[Tensor, "N T W"] | None = None,
     given: Mapping[int, Float[Tensor, "N _ _ _"]] | None = None,
     null_conditions: bool = False,
     device: torch.device | str = "cpu",
@@ -47,8 +52,9 @@ def sample_cascade(
 
     denoisers: by level, on `device`, called as NestedDenoiser is; levels in `given` need none.
     image_indices: distinct, from 0; each run of `sampling.batch_size` images that they touch costs a full batch.
-    labels: class of each image; None for the null class. given: true latents of the top levels (the oracle), used
-    instead of generated ones. null_conditions: no level sees labels or the levels above, and none is guided.
+    labels: class of each image (N,) or its caption's tokens (N, T, W), as conditioning.labels says; None for the null
+    class or the empty caption. given: true latents of the top levels (the oracle), used instead of generated ones.
+    null_conditions: no level sees labels or the levels above, and none is guided.
 
     Raises ConfigError for a request that contradicts the experiment, NumericsError with level and image for a latent
     that is not finite.
@@ -109,12 +115,12 @@ class _MicroBatch:
             )
         return values
 
-    def streams(self, seed: int, level: int, m: int) -> list[np.random.Generator]:
-        """Each image's random numbers for z_m while level `level` is sampled.
+    def streams(self, seed: int, *key: int) -> list[np.random.Generator]:
+        """Each image's random numbers for the purpose `key`.
 
         NumPy's, since a torch CPU generator keeps 32 bits of its seed: too few for all images and levels to differ.
         """
-        return [np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(i, level, m))) for i in self.images]
+        return [np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(i, *key))) for i in self.images]
 
     def normal(self, streams: list[np.random.Generator], shape: tuple[int, int, int]) -> Tensor:
         """The next standard normal numbers (size, *shape) of every image."""
@@ -142,7 +148,10 @@ class _LevelSampler:
     ) -> None:
         self.config, self.denoisers, self.seed, self.null_conditions = config, denoisers, seed, null_conditions
         self.schedule = make_schedule(config.diffusion)
-        self.times = time_grid(self.schedule, config.sampling.num_evaluations)
+        sampling = config.sampling
+        self.times = time_grid(
+            self.schedule, sampling.num_evaluations, sampling.spacing, to_zero=sampling.sampler != "dpm_solver"
+        )
 
     def sample(self, level: int, latents: Mapping[int, Tensor], labels: Tensor | None, batch: _MicroBatch) -> Tensor:
         model = self._model(level, batch)
@@ -152,37 +161,52 @@ class _LevelSampler:
             output = model(z_t, t, conditions(t), labels)
             return to_z_hat(output.to(z_t.dtype), z_t, t, self.schedule, self.config.diffusion.prediction)
 
-        z_T = batch.normal(batch.streams(self.seed, level, level), self.config.latent_shape(level))
-        return SAMPLERS[self.config.sampling.sampler](z_hat, z_T, self.times, self.schedule)
+        noise = self._noise(level, level, batch)
+        match self.config.sampling.sampler:
+            case "dpm_solver_pp":
+                return sample_dpm_solver_pp(z_hat, noise(), self.times, self.schedule)
+            case "dpm_solver":
+                return sample_dpm_solver(z_hat, noise(), self.times, self.schedule)
+            case "ddim":
+                return sample_ddim(z_hat, noise(), self.times, self.schedule)
+            case "ddpm":
+                return sample_ddpm(z_hat, noise(), self.times, self.schedule, noise)
+
+    def _noise(self, level: int, m: int, batch: _MicroBatch) -> Callable[[], Tensor]:
+        """The next standard normal numbers in the shape of z_m, of the images' streams while `level` is sampled."""
+        top, shape = self.config.num_levels, self.config.latent_shape(m)
+        streams = batch.streams(self.seed, top - level, top - m)
+        return lambda: batch.normal(streams, shape)
 
     def _model(self, level: int, batch: _MicroBatch) -> Callable[..., Tensor]:
-        denoiser = self.denoisers[level]
+        denoiser, knobs = self.denoisers[level], self.config.level(level)
         if not self.null_conditions:
-            return guided(denoiser, self.config.level(level).guidance)
+            return guided(denoiser, knobs.guidance, knobs.guidance_interval, self.config.sampling.null_branch)
         drop = torch.ones(batch.size, dtype=torch.bool, device=batch.device)
         return lambda z_t, t, z_above, labels: denoiser(z_t, t, z_above, labels, drop)
 
     def _conditions(
         self, level: int, latents: Mapping[int, Tensor], batch: _MicroBatch
     ) -> Callable[[Tensor], dict[int, Tensor]]:
-        """The noised conditions of one model call, by time (arXiv 2412.05984, the text of its method; the
-        caption of its Table 3 decays the standard deviation instead):
+        """The noised conditions of one model call, by time (arXiv 2412.05984):
 
-        z_m^ = z_m + sqrt((t/T)^gamma) sigma_m eta,  eta redrawn at every call, T = 1
+        z_m^ = z_m + (t/T)^(gamma/2) sigma_m eta,  T = 1     (decay `variance`: the text of its method)
+        z_m^ = z_m + (t/T)^gamma sigma_m eta                 (decay `deviation`: the caption of its Table 3)
+
+        eta is drawn anew at every call, or once for all calls, which is then what the first call would have drawn.
         """
-        gamma = self.config.sampling.noise_gamma
-        quiet = self.null_conditions or math.isinf(gamma)
+        sampling = self.config.sampling
+        gamma, quiet = sampling.noise_gamma, self.null_conditions or math.isinf(sampling.noise_gamma)
+        power = {"variance": gamma / 2.0, "deviation": gamma}[sampling.noise_decay]
         above = {m: latents[m] for m in self.config.levels_above(level)}
-        noise = {m: self.config.level(m).condition_noise for m in above}
-        noised = [] if quiet else [m for m in above if noise[m] > 0]
-        streams = {m: batch.streams(self.seed, level, m) for m in noised}
+        sigma = {m: self.config.level(m).condition_noise for m in above}
+        draws = {m: self._noise(level, m, batch) for m in above if sigma[m] > 0 and not quiet}
+        once = {m: draw() for m, draw in draws.items()} if sampling.noise_draw == "once" else None
 
         def conditions(t: Tensor) -> dict[int, Tensor]:
-            if not noised:
-                return above
-            decay = (t ** (gamma / 2.0)).view(-1, 1, 1, 1)
-            eta = {m: batch.normal(streams[m], self.config.latent_shape(m)) for m in noised}
-            return above | {m: above[m] + decay * noise[m] * eta[m] for m in noised}
+            decay = (t**power).view(-1, 1, 1, 1)
+            eta = once or {m: draw() for m, draw in draws.items()}
+            return above | {m: above[m] + decay * sigma[m] * eta[m] for m in eta}
 
         return conditions
 
@@ -239,19 +263,25 @@ def _check_request(
         "Give a denoiser for each level that is to be sampled.",
     )
     if labels is not None:
+        kind = config.conditioning.labels
         require(
-            config.conditioning.labels == "class",
+            kind != "none",
             "The experiment takes no labels",
             "labels",
             None,
             f"{len(labels)} labels",
-            "Leave them out, or set conditioning.labels: class and train the denoisers so.",
+            "Leave them out, or set conditioning.labels and train the denoisers so.",
         )
+        text = config.conditioning.text
+        shape, fix = {
+            "class": ((count,), "Give each image its class index."),
+            "text": ((count, text.length, text.width), "Give each image its caption's tokens."),
+        }[kind]
         require(
-            len(labels) == count,
-            "There is not one label for each image",
+            tuple(labels.shape) == shape,
+            "The labels have the wrong shape",
             "labels",
-            count,
-            len(labels),
-            "Give each image its label.",
+            shape,
+            tuple(labels.shape),
+            fix,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -21,8 +22,8 @@ def level_loss(
     t: Float[Tensor, " B"],
     eps: Float[Tensor, "B C H W"],
     eta: Mapping[int, Float[Tensor, "B _ _ _"]],
-    labels: Int[Tensor, " B"] | None = None,
-    drop: Bool[Tensor, " B"] | None = None,
+    labels: Int[Tensor, " B"] | Float[Tensor, "B _ _"] | None = None,
+    drop: Bool[Tensor, " B"] | Mapping[Any, Bool[Tensor, " B"]] | None = None,
 ) -> Float[Tensor, " B"]:
     """Mean squared error of each sample (arXiv 2412.05984; the losses of eps, v and x have different scales):
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from nestdiff_core.config import EncoderConfig, MoCoConfig
 from nestdiff_core.encoders.base import unit_range
-from nestdiff_core.encoders.vit import ViTEncoder, moco_network, seeded
+from nestdiff_core.encoders.vit import ViTEncoder, moco_network
+from nestdiff_core.encoders.weights import seeded
 from nestdiff_core.errors import NumericsError
 from nestdiff_core.images import ImageIndex
 from nestdiff_core.progress import Progress, silent

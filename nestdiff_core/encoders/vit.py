@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import timm
 import torch
 from jaxtyping import Float
@@ -19,12 +14,12 @@ from timm.models import Beit, Eva, VisionTransformer
 from torch import Tensor, nn
 
 from nestdiff_core.config import EncoderConfig
-from nestdiff_core.encoders.base import Encoder
-from nestdiff_core.errors import ConfigError, EnvironmentFault, IntegrityError
+from nestdiff_core.encoders.base import Encoder, normalisation
+from nestdiff_core.encoders.weights import fill, not_fetched, read_weights, require_known, seeded
+from nestdiff_core.errors import ConfigError
 
 PlainViT = VisionTransformer | Eva | Beit
 
-_CONTAINERS = ("state_dict", "model", "teacher")  # under which published files keep their weights
 _HEADS = ("head.", "head_dist.", "fc.")  # behind the features: left out
 _STEM = "patch_embed.proj.weight"
 
@@ -34,6 +29,8 @@ class ViTEncoder(Encoder):
 
     That is the class token for MoCo v3, DINO and most others, the mean of the patches for those trained with it.
     """
+
+    network: PlainViT
 
     def __init__(
         self,
@@ -62,14 +59,6 @@ class ViTEncoder(Encoder):
             tokens[:, self.network.num_prefix_tokens :].transpose(1, 2).unflatten(2, (self.map_side, self.map_side))
         )
         return patches, self.network.forward_head(tokens, pre_logits=True)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """The block's initialisations come from `seed`; torch's own state is as before afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 def moco_network(config: EncoderConfig, channels: int) -> VisionTransformer:
@@ -101,18 +90,14 @@ def timm_network(config: EncoderConfig, *, pretrained: bool = False) -> PlainViT
     Raises ConfigError for a name that timm does not know or that is no plain vision transformer, EnvironmentFault
     when the download fails.
     """
-    _check_name(config.name)
+    known = {*timm.list_models(pretrained=True), *timm.list_models()}
+    require_known(config.name, known, "timm", listing="timm.list_models('vit_*')")
     try:
         with seeded(0):
             network = timm.create_model(config.name, pretrained=pretrained, num_classes=0, img_size=config.input_size)
     except Exception as error:  # the hub's client has errors of its own, not derived from OSError
         if pretrained:
-            raise EnvironmentFault(
-                f"timm could not fetch the weights of {config.name} ({error})",
-                stage="encoder",
-                key="encoder.weights",
-                fix="Fetch them where there is a network, and give the file as encoder.weights.",
-            ) from error
+            raise not_fetched(f"timm's weights of {config.name}", error) from error
         raise _not_a_vit(config, str(error)) from error
     if not isinstance(network, PlainViT) or len(set(network.patch_embed.grid_size)) > 1:
         raise _not_a_vit(config, type(network).__name__)
@@ -120,11 +105,10 @@ def timm_network(config: EncoderConfig, *, pretrained: bool = False) -> PlainViT
 
 
 def timm_encoder(config: EncoderConfig, network: PlainViT) -> ViTEncoder:
-    """Joins a network of timm with the normalisation it was trained with."""
+    """Joins a network of timm with the normalisation it was trained with, or with the experiment's."""
     data = resolve_model_data_config(network)
-    return ViTEncoder(
-        network, input_size=config.input_size, in_channels=3, mean=tuple(data["mean"]), std=tuple(data["std"])
-    )
+    mean, std = normalisation(config, tuple(data["mean"]), tuple(data["std"]))
+    return ViTEncoder(network, input_size=config.input_size, in_channels=3, mean=mean, std=std)
 
 
 def load_weights(network: PlainViT, path: Path) -> None:
@@ -134,33 +118,10 @@ def load_weights(network: PlainViT, path: Path) -> None:
     are resampled to another grid; classification and projection heads are left out. Any other difference is an
     IntegrityError that names the keys.
     """
-    state = _without_prefix(_read(path))
+    state = _without_prefix(read_weights(path))
     adapt = getattr(importlib.import_module(type(network).__module__), "checkpoint_filter_fn", None)
-    state = {k: v for k, v in (adapt(state, network) if adapt else state).items() if not k.startswith(_HEADS)}
-    own = network.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unexpected:
-        raise _misfit(
-            path, f"{len(missing)} weights are missing and {len(unexpected)} are not known", missing[:5], unexpected[:5]
-        )
-    for key, value in state.items():
-        if value.shape != own[key].shape:
-            raise _misfit(path, f"{key} has another shape", tuple(own[key].shape), tuple(value.shape))
-    network.load_state_dict(state)
-
-
-def _check_name(name: str) -> None:
-    known = set(timm.list_models(pretrained=True)) | set(timm.list_models())
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"Did you mean {' or '.join(near)}?" if near else "timm.list_models('vit_*') lists them."
-        raise ConfigError(
-            "timm has no such model",
-            key="encoder.name",
-            found=name,
-            expected=near or "a name that timm knows",
-            fix=hint,
-        )
+    state = adapt(state, network) if adapt else state
+    fill(network, {k: v for k, v in state.items() if not k.startswith(_HEADS)}, path)
 
 
 def _not_a_vit(config: EncoderConfig, found: str) -> ConfigError:
@@ -173,31 +134,6 @@ def _not_a_vit(config: EncoderConfig, found: str) -> ConfigError:
     )
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ConfigError(
-            "encoder.weights is not a file",
-            key="encoder.weights",
-            path=path,
-            fix="Correct the path, or use `hub` or `random`.",
-        )
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises nearly any class in torch's zip and pickle readers
-        raise IntegrityError(
-            f"{path.name} cannot be read as weights ({type(error).__name__}: {' '.join(str(error).split())[:300]})",
-            stage="encoder",
-            path=path,
-            expected="a .safetensors file, or plain tensors saved by torch",
-            fix="Get the file again, or save its tensors as .safetensors.",
-        ) from error
-    while name := next((name for name in _CONTAINERS if isinstance(content.get(name), Mapping)), None):
-        content = content[name]
-    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
-
-
 def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The part of a file that is an encoder; of several, not the momentum encoder or the student."""
     prefixes = [key.removesuffix(_STEM) for key in state if key.endswith(_STEM)]
@@ -205,14 +141,3 @@ def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
         return state
     prefix = min(prefixes, key=lambda p: ("momentum" in p or "student" in p, len(p)))
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-
-def _misfit(path: Path, what: str, expected: object, found: object) -> IntegrityError:
-    return IntegrityError(
-        f"The weights do not fit the encoder: {what}",
-        stage="encoder",
-        path=path,
-        expected=expected,
-        found=found,
-        fix="Make encoder.name the model that the file was saved from.",
-    )

@@ -7,6 +7,8 @@ features serves all levels. Level 1, the image, is the autoencoder's (autoencode
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,7 +21,6 @@ from nestdiff_core.latents.basis import Basis
 from nestdiff_core.latents.moments import Moments, merge
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stores.finite import first_non_finite
-from nestdiff_core.stores.reader import StoreReader
 
 BLOCK_IMAGES = 128  # images pooled together: 77 MB of a 14x14x768 map in float32
 
@@ -41,11 +42,22 @@ def _blocks(feature_map: Float[np.ndarray, "N C S S"]) -> Iterator[Float[Tensor,
         yield block.to(torch.float32, memory_format=torch.channels_last)
 
 
+@runtime_checkable
+class FeatureMaps(Protocol):
+    """What a pass over feature maps (N, views, C, S, S) needs: a StoreReader, or what reads like one."""
+
+    path: Path
+    shape: tuple[int, ...]
+    rows_per_shard: tuple[int, ...]
+
+    def iterate_shards(self) -> Iterator[tuple[int, np.ndarray]]: ...
+
+
 # --- moments ------------------------------------------------------------------------------------------------------
 
 
 def shard_moments(feature_map: Float[np.ndarray, "N C S S"], grids: Sequence[int]) -> dict[int, Moments]:
-    """Moments of the pooled tokens of one shard's feature maps, for each grid."""
+    """Moments of the pooled tokens of feature maps, for each grid."""
     totals = {grid: Moments.zero(feature_map.shape[1]) for grid in grids}
     for block in _blocks(feature_map):
         for grid in totals:
@@ -54,26 +66,26 @@ def shard_moments(feature_map: Float[np.ndarray, "N C S S"], grids: Sequence[int
 
 
 def level_moments(
-    features: StoreReader, grids: Sequence[int], rows: Int[np.ndarray, " n"], *, progress: Progress = silent
+    features: FeatureMaps, grids: Sequence[int], rows: Int[np.ndarray, " n"], *, progress: Progress = silent
 ) -> dict[int, Moments]:
     """Moments, for each grid, of the pooled tokens of the images `rows` (a split, ascending): one pass over the store.
 
-    Shards are merged in their order, so the result has the same bits every time.
-    Raises NumericsError naming shard, row in the shard and channel of a value that is not finite.
+    features: rows (views, C, S, S); every view counts. Shards are merged in their order, so the result has the same
+    bits every time. Raises NumericsError naming shard, row in the shard and channel of a value that is not finite.
     """
-    totals = {grid: Moments.zero(features.shape[1]) for grid in grids}
+    totals = {grid: Moments.zero(features.shape[2]) for grid in grids}
     first = 0
     for shard, feature_map in features.iterate_shards():
         last = first + len(feature_map)
         chosen = rows[np.searchsorted(rows, first) : np.searchsorted(rows, last)] - first
         if (bad := first_non_finite(feature_map)) is not None:
             raise NumericsError(
-                f"Row {bad[0]} of shard {shard}, channel {bad[1]} of the features is not finite",
+                f"Row {bad[0]} of shard {shard}, channel {bad[2]} of the features is not finite",
                 stage="moments",
                 path=features.path,
                 fix="Remove that shard's file and materialise the features again.",
             )
-        moments = shard_moments(feature_map[chosen], grids)
+        moments = shard_moments(feature_map[chosen].reshape(-1, *features.shape[2:]), grids)
         totals = {grid: merge(totals[grid], moments[grid]) for grid in grids}
         first = last
         progress(shard + 1, len(features.rows_per_shard), "moments")

@@ -1,6 +1,13 @@
 """Networks: the published U-ViT, and the denoiser of one level of a hierarchy."""
 
-from nestdiff_core.models.nested import LatentTokens, NestedDenoiser, build_denoiser, count_macs, count_parameters
+from nestdiff_core.models.nested import (
+    LatentTokens,
+    NestedDenoiser,
+    build_denoiser,
+    count_layer_norms,
+    count_macs,
+    count_parameters,
+)
 from nestdiff_core.models.uvit import UViT, from_published
 
 __all__ = [
@@ -8,6 +15,7 @@ __all__ = [
     "NestedDenoiser",
     "UViT",
     "build_denoiser",
+    "count_layer_norms",
     "count_macs",
     "count_parameters",
     "from_published",

@@ -123,7 +123,7 @@ def initialise(module: nn.Module, generator: torch.Generator | None = None) -> N
                 nn.init.trunc_normal_(layer.weight, std=INIT_STD, generator=generator)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-            case nn.Conv2d():
+            case nn.Conv2d() | nn.ConvTranspose2d():
                 bound = 1.0 / math.sqrt(layer.weight[0].numel())
                 nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
                 if layer.bias is not None:

@@ -7,7 +7,7 @@ level of a hierarchy is in nested.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -83,15 +83,20 @@ class Backbone(nn.Module):
         self.decoder_pred = nn.Linear(config.width, patch_size**2 * channels)
         self.final_layer = nn.Conv2d(channels, channels, 3, padding=1) if config.final_conv else nn.Identity()
 
-    def transform(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """All blocks; out-block i reads the output of in-block depth/2 - i by its long skip."""
+    def transform(
+        self, tokens: Float[Tensor, "B T D"], join: Callable[[int, Tensor], Tensor] = lambda _, tokens: tokens
+    ) -> Float[Tensor, "B T D"]:
+        """All blocks; out-block i reads the output of in-block depth/2 - i by its long skip.
+
+        join: called with the number of each in- and out-block (from 0, through both) and the tokens that it made.
+        """
         skips = []
-        for block in self.in_blocks:
-            tokens = block(tokens)
+        for i, block in enumerate(self.in_blocks):
+            tokens = join(i, block(tokens))
             skips.append(tokens)
         tokens = self.mid_block(tokens)
-        for block in self.out_blocks:
-            tokens = block(tokens, skips.pop())
+        for i, block in enumerate(self.out_blocks, start=len(skips)):
+            tokens = join(i, block(tokens, skips.pop()))
         return tokens
 
     def read_out(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "B C H W"]:

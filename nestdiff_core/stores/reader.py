@@ -58,15 +58,20 @@ class StoreReader:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
+    def read(self, rows: np.ndarray, pick: np.ndarray | None = None) -> np.ndarray:
         """A copy of the images `rows`, (len(rows), *row), in that order; repeats and negative rows are as in numpy.
 
-        Trusts the chunks: their checksums are verified when the artifact is, not on every read.
+        pick: for each of the rows an index along the first axis of a row, such as which view or which caption; that
+        axis is gone from the result, and nothing else is read. Trusts the chunks: their checksums are verified when
+        the artifact is, not on every read.
         """
         if self._map is None:
             self._map = self._map_shards()
-        place = np.unravel_index(self._slots[rows], self._map.shape)
-        return self._map[place].view(self.dtype).reshape(-1, *self.shape[1:])
+        source, slots, row = self._map, self._slots[rows], self.shape[1:]
+        if pick is not None:
+            num_picks, *row = row
+            source, slots = source.view(f"V{source.itemsize // num_picks}"), slots * num_picks + pick
+        return source[np.unravel_index(slots, source.shape)].view(self.dtype).reshape(-1, *row)
 
     def read_shard(self, shard: int) -> np.ndarray:
         """All images of one shard, (rows_per_shard[shard], *row), with every checksum verified."""

@@ -36,7 +36,7 @@ REMAKE = "Remove the store and materialise its stage again."
 
 @dataclass(frozen=True, kw_only=True)
 class StoreSchema:
-    """Shape and layout of a store. `arrays` gives the shape of one row of each array, channels first."""
+    """Shape and layout of a store. `arrays` gives the shape of one row of each array."""
 
     arrays: dict[str, tuple[int, ...]]
     dtype: str

@@ -41,7 +41,7 @@ def create_store(
 ) -> Store:
     """The store at `path`: made where none stands, fitted to `counts` where the image shards have changed.
 
-    arrays: shape of one row of each array, channels first, e.g. {"map": (768, 14, 14), "vector": (768,)}.
+    arrays: shape of one row of each array, e.g. {"map": (1, 768, 14, 14), "vector": (1, 768)}.
     dtype: float16 or float32. counts: rows of each image shard. attrs: plain JSON that the stage wants to say.
 
     Shards whose count stays are kept. A shard whose count has changed loses its file, so its part no longer counts;
@@ -131,7 +131,7 @@ def write_shard(
     keys: names of the rows, for errors.
 
     Raises IntegrityError for another shape, dtype or set of arrays, or when the disk gives back something else;
-    NumericsError, naming array, row and channel, for a value that is not finite or overflows the store's dtype.
+    NumericsError, naming array, row and place, for a value that is not finite or overflows the store's dtype.
     """
     store = open_store(path)
     schema = store.schema
@@ -167,7 +167,7 @@ def _rounded(store: Store, shard: int, name: str, values: np.ndarray, keys: Sequ
     bad = first_non_finite(stored)
     if bad is None:
         return stored
-    where = f"Array {name}, row {bad[0]} of shard {shard}, channel {bad[1]}"
+    where = f"Array {name}, row {bad[0]} of shard {shard}, at {list(bad[1:])},"
     key = keys[bad[0]] if keys is not None else None
     if np.isfinite(values[bad]):
         raise NumericsError(

@@ -40,12 +40,25 @@ class BatchOrder:
 
 @dataclass(frozen=True)
 class Draws:
-    """All randomness of one batch: times t (B,), noise eps (B, C, H, W), condition noise eta by level, drops (B,)."""
+    """All randomness of one batch of B images.
+
+    t (B,) times, eps (B, C, H, W) noise, eta condition noise by level, drop (B,) masks for "labels" and by level,
+    view and caption (B,): which of the stored views and captions is read.
+    """
 
     t: Tensor
     eps: Tensor
     eta: dict[int, Tensor]
-    drop: Tensor
+    drop: dict[str | int, Tensor]
+    view: Tensor
+    caption: Tensor
+
+    def share(self, rank: int, world_size: int) -> Draws:
+        """Those of one process."""
+        mine = slice(rank, None, world_size)
+        eta = {m: noise[mine] for m, noise in self.eta.items()}
+        drop = {name: mask[mine] for name, mask in self.drop.items()}
+        return Draws(self.t[mine], self.eps[mine], eta, drop, self.view[mine], self.caption[mine])
 
 
 def draw(
@@ -57,36 +70,55 @@ def draw(
     level: int,
     schedule: NoiseSchedule,
     condition_drop: float,
+    drop_each: bool = False,
+    num_views: int = 1,
+    num_captions: int = 1,
 ) -> Draws:
     """Randomness of the global batch of `step`; `shapes` holds (C, H, W) of the level and of those above it.
 
     Nothing depends on the level's number, which another experiment may change; conditions are drawn from the top.
+    drop_each: a coin for the label and for each condition, else one for all of a sample's.
     """
     generator = torch.Generator().manual_seed(
         int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
     )
+    above = [m for m in sorted(shapes, reverse=True) if m != level]
     eps = torch.randn(batch_size, *shapes[level], generator=generator)
     t = schedule.sample_t(batch_size, generator)
-    eta = {
-        m: torch.randn(batch_size, *shapes[m], generator=generator) for m in sorted(shapes, reverse=True) if m != level
-    }
-    drop = torch.rand(batch_size, generator=generator) < condition_drop
-    return Draws(t=t, eps=eps, eta=eta, drop=drop)
+    eta = {m: torch.randn(batch_size, *shapes[m], generator=generator) for m in above}
+    conditions: list[str | int] = ["labels", *above]
+    coins = torch.rand(len(conditions) if drop_each else 1, batch_size, generator=generator) < condition_drop
+    drop = dict(zip(conditions, coins.expand(len(conditions), -1), strict=True))
+    view, caption = (torch.randint(n, (batch_size,), generator=generator) for n in (num_views, num_captions))
+    return Draws(t, eps, eta, drop, view, caption)
 
 
 class LatentBatches:
-    """Latents of one level and of its conditions, joined by image row."""
+    """Latents of one level and of its conditions, joined by image row.
 
-    def __init__(self, readers: dict[int, StoreReader], labels: np.ndarray | None) -> None:
-        self.readers, self.labels = readers, labels
+    readers: by level, rows (views, C, H, W). labels: class of each image. captions: rows (captions, T, W).
+    """
+
+    def __init__(
+        self, readers: dict[int, StoreReader], labels: np.ndarray | None = None, captions: StoreReader | None = None
+    ) -> None:
+        self.readers, self.labels, self.captions = readers, labels, captions
+        self.num_views = next(iter(readers.values())).shape[1]
+        self.num_captions = 1 if captions is None else captions.shape[1]
 
     def shapes(self) -> dict[int, tuple[int, int, int]]:
-        return {m: (c, h, w) for m, reader in self.readers.items() for _, c, h, w in [reader.shape]}
+        return {m: (c, h, w) for m, reader in self.readers.items() for _, _, c, h, w in [reader.shape]}
 
-    def read(self, rows: np.ndarray, device: torch.device) -> tuple[dict[int, Tensor], Tensor | None]:
-        """Latents (B, C, H, W) as float32 by level, and labels (B,) where the experiment has them."""
+    def read(
+        self, rows: np.ndarray, view: np.ndarray, caption: np.ndarray, device: torch.device
+    ) -> tuple[dict[int, Tensor], Tensor | None]:
+        """Latents (B, C, H, W) as float32 by level, and labels (B,) or caption tokens (B, T, W) where there are any.
+
+        view, caption: which of the stored ones, for each row.
+        """
         latents = {
-            m: torch.from_numpy(reader.read(rows)).to(device, torch.float32) for m, reader in self.readers.items()
+            m: torch.from_numpy(reader.read(rows, view)).to(device, torch.float32) for m, reader in self.readers.items()
         }
-        labels = None if self.labels is None else torch.from_numpy(self.labels[rows]).to(device)
-        return latents, labels
+        if self.captions is not None:
+            return latents, torch.from_numpy(self.captions.read(rows, caption)).to(device, torch.float32)
+        return latents, None if self.labels is None else torch.from_numpy(self.labels[rows]).to(device)

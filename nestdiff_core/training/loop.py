@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nestdiff_core.config import ExperimentConfig, TrainConfig
 from nestdiff_core.diffusion.loss import level_loss
 from nestdiff_core.diffusion.schedule import NoiseSchedule, make_schedule
+from nestdiff_core.encoders.weights import read_weights
 from nestdiff_core.errors import ConfigError, Interrupted, NumericsError
 from nestdiff_core.models.nested import build_denoiser
 from nestdiff_core.progress import Progress, silent
@@ -37,7 +38,8 @@ class Trainer:
     """Everything that changes while one level is trained, and the step that changes it.
 
     config, level: which denoiser. batches: its latents and conditions. train_rows, held_out_rows: image rows of
-    the two splits. folder: where checkpoints go. record: what each checkpoint's state.json begins with.
+    the two splits. null_context: tokens of the empty caption, for captioned experiments. folder: where checkpoints
+    go. record: what each checkpoint's state.json begins with.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Trainer:
         train_rows: np.ndarray,
         held_out_rows: np.ndarray,
         num_classes: int,
+        null_context: Tensor | None = None,
         folder: Path,
         device: torch.device,
         record: dict[str, Any],
@@ -72,6 +75,10 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.train.seed)
             self.model = build_denoiser(config, level, num_classes).to(device)
+        if null_context is not None:
+            self.model.null_context.copy_(null_context)
+        if self.train.start_from:
+            self.model.start_from(_published(Path(self.train.start_from).expanduser(), level))
         self.ema = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -106,7 +113,7 @@ class Trainer:
 
     def loss(self, network: nn.Module, rows: np.ndarray, draws: Draws) -> Tensor:
         """Per-image loss (B,) of `network` on image rows, given all randomness."""
-        latents, labels = self.batches.read(rows, self.device)
+        latents, labels = self.batches.read(rows, draws.view.numpy(), draws.caption.numpy(), self.device)
         z_l = latents.pop(self.level)
         return level_loss(
             network,
@@ -119,17 +126,16 @@ class Trainer:
             eps=draws.eps.to(self.device),
             eta={m: e.to(self.device) for m, e in draws.eta.items()},
             labels=labels,
-            drop=draws.drop.to(self.device),
+            drop={name: mask.to(self.device) for name, mask in draws.drop.items()},
         )
 
     def train_step(self) -> tuple[float, float]:
         """One optimiser step; returns this process's loss before it and the gradient norm."""
-        local = slice(self.rank, None, self.world_size)
         draws = self._draw(self.train.seed, self.step, self.train.batch_size, self.train.condition_drop)
-        mine = Draws(draws.t[local], draws.eps[local], {m: e[local] for m, e in draws.eta.items()}, draws.drop[local])
+        rows = self.order.batch(self.step)[self.rank :: self.world_size]
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        loss = self.loss(self.network, self.order.batch(self.step)[local], mine).mean()
+        loss = self.loss(self.network, rows, draws.share(self.rank, self.world_size)).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train.grad_clip or math.inf)
@@ -163,6 +169,9 @@ class Trainer:
             level=self.level,
             schedule=self.schedule,
             condition_drop=condition_drop,
+            drop_each=self.config.conditioning.drop == "each",
+            num_views=self.batches.num_views,
+            num_captions=self.batches.num_captions,
         )
 
     @torch.no_grad()
@@ -262,6 +271,19 @@ class Trainer:
         votes = torch.tensor(int(flag), device=self.device)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return bool(votes.item())
+
+
+def _published(path: Path, level: int) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ConfigError(
+            "levels.train.start_from is not a file",
+            stage="denoiser",
+            level=level,
+            key="levels.train.start_from",
+            path=path,
+            fix="Correct the path, or leave it out.",
+        )
+    return read_weights(path, where="denoiser")
 
 
 @contextmanager

@@ -7,50 +7,103 @@ from nestdiff_core.diffusion import VPSchedule, guided, to_eps_hat
 
 
 class Recorder:
-    """A denoiser whose output is known: z + label + sum of the conditions, without these where dropped."""
+    """A denoiser whose output is known: z + t (label + sum of the conditions), without those that are dropped."""
 
     def __init__(self):
         self.batches = []
 
     def __call__(self, z_t, t, z_above, labels=None, drop=None):
         self.batches.append(len(z_t))
-        told = sum(z_m.mean((1, 2, 3)) for z_m in z_above.values()) + (0.0 if labels is None else labels)
-        told = told * (1.0 if drop is None else (~drop).float()) * t
-        return z_t + torch.as_tensor(told).view(-1, 1, 1, 1)
+        drops = drop if isinstance(drop, dict) else dict.fromkeys(("labels", *z_above), drop)
+        told = {m: z_m.flatten(1).mean(1) for m, z_m in z_above.items()}
+        if labels is not None:
+            told["labels"] = labels.float().flatten(1).mean(1) if labels.ndim > 1 else labels.float()
+        total = torch.zeros(len(z_t))
+        for name, value in told.items():
+            total = total + (value if drops.get(name) is None else torch.where(drops[name], 0.0, value))
+        return z_t + (t * total).view(-1, 1, 1, 1)
 
 
 def inputs():
-    return torch.randn(3, 2, 4, 4), torch.rand(3), {2: torch.randn(3, 5, 2, 2)}
+    return torch.randn(3, 2, 4, 4), torch.rand(3), {2: torch.randn(3, 5, 2, 2), 3: torch.randn(3, 7, 1, 1)}
 
 
-def test_guidance_extrapolates_from_null_to_cond():
+LABELS = {"class": torch.tensor([1, 2, 3]), "text": torch.randn(3, 4, 6)}
+every_label = pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+
+
+@every_label
+def test_guidance_extrapolates_from_null_to_cond(labels):
     """out = cond + w (cond - null), from one pass of a doubled batch, conditions and labels dropped together."""
     z_t, t, z_above = inputs()
-    labels, model = torch.tensor([1, 2, 3]), Recorder()
+    model = Recorder()
     out = guided(model, 0.8)(z_t, t, z_above, labels)
     assert model.batches == [6]
     cond, null = model(z_t, t, z_above, labels), z_t
     torch.testing.assert_close(out, cond + 0.8 * (cond - null))
 
 
-@pytest.mark.parametrize(("w", "conditions"), [(0.0, True), (0.8, False)])
-def test_nothing_to_guide_costs_nothing(w, conditions):
-    """With w = 0, or at the top level of an unconditional model, the batch is not doubled."""
+@every_label
+def test_the_null_branch_may_keep_the_label(labels):
+    """null_branch `conditions`: what is contrasted with is the label alone."""
     z_t, t, z_above = inputs()
-    z_above = z_above if conditions else {}
     model = Recorder()
-    out = guided(model, w)(z_t, t, z_above)
+    out = guided(model, 0.8, null_branch="conditions")(z_t, t, z_above, labels)
+    assert model.batches == [6]
+    cond, null = model(z_t, t, z_above, labels), model(z_t, t, {}, labels)
+    torch.testing.assert_close(out, cond + 0.8 * (cond - null))
+
+
+@pytest.mark.parametrize(
+    ("w", "conditions", "null_branch", "label"),
+    [
+        (0.0, True, "all", True),
+        (0.8, False, "all", False),
+        (0.8, False, "conditions", True),
+        (0.8, False, "conditions", False),
+    ],
+)
+def test_nothing_to_guide_costs_nothing(w, conditions, null_branch, label):
+    """With w = 0, or where the null branch would drop nothing, the batch is not doubled."""
+    z_t, t, z_above = inputs()
+    z_above, labels = z_above if conditions else {}, LABELS["class"] if label else None
+    model = Recorder()
+    out = guided(model, w, null_branch=null_branch)(z_t, t, z_above, labels)
     assert model.batches == [3]
-    torch.testing.assert_close(out, Recorder()(z_t, t, z_above))
+    torch.testing.assert_close(out, Recorder()(z_t, t, z_above, labels))
 
 
-def test_labels_alone_are_guided():
-    """A class-conditional top level has its label to guide."""
+@every_label
+def test_labels_alone_are_guided(labels):
+    """A conditional top level has its label to guide."""
     z_t, t, _ = inputs()
     model = Recorder()
-    out = guided(model, 0.5)(z_t, t, {}, torch.tensor([1, 2, 3]))
+    out = guided(model, 0.5)(z_t, t, {}, labels)
     assert model.batches == [6]
-    torch.testing.assert_close(out, z_t + 1.5 * (torch.tensor([1.0, 2.0, 3.0]) * t).view(-1, 1, 1, 1))
+    torch.testing.assert_close(out, z_t + 1.5 * (model(z_t, t, {}, labels) - z_t))
+
+
+@pytest.mark.parametrize(
+    ("time", "is_on"), [(0.0, False), (0.29, False), (0.3, True), (0.5, True), (0.7, True), (0.71, False), (1.0, False)]
+)
+def test_guidance_may_be_limited_to_an_interval(time, is_on):
+    """Between the two times, which belong to it, guidance is on; elsewhere one pass gives the conditional output."""
+    z_t, _, z_above = inputs()
+    t, model = torch.full((3,), time), Recorder()
+    out = guided(model, 0.8, (0.3, 0.7))(z_t, t, z_above)
+    assert model.batches == [6 if is_on else 3]
+    cond = model(z_t, t, z_above)
+    torch.testing.assert_close(out, cond + 0.8 * (cond - z_t) if is_on else cond)
+
+
+def test_an_interval_is_each_samples_own():
+    """In a batch of several times, only the samples within the interval are guided."""
+    z_t, _, z_above = inputs()
+    t, model = torch.tensor([0.1, 0.5, 0.9]), Recorder()
+    out = guided(model, 0.8, (0.3, 0.7))(z_t, t, z_above)
+    cond = model(z_t, t, z_above)
+    assert torch.equal(out[[0, 2]], cond[[0, 2]])
+    torch.testing.assert_close(out[1], (cond + 0.8 * (cond - z_t))[1])
 
 
 @pytest.mark.parametrize("prediction", ["v", "x"])

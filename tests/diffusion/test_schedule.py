@@ -16,11 +16,13 @@ FIXTURE = Path(os.environ.get("NESTDIFF_SHARED", "../shared")) / "uvit_parity" /
 
 @pytest.mark.skipif(not FIXTURE.is_file(), reason="no schedule fixture at NESTDIFF_SHARED")
 def test_discrete_schedule_is_the_published_one():
-    """betas, alpha-bar, log alpha, sigma, lambda and its inverse agree with the published (single-precision) values."""
+    """betas, alpha-bar and log-SNR agree in double precision; log alpha, sigma, lambda and its inverse with published
+    values of single precision."""
     published, schedule = torch.load(FIXTURE, weights_only=True), DiscreteSchedule()
     assert torch.equal(schedule.betas, published["betas"])
     n = torch.arange(1, 1001, dtype=torch.float64)
     torch.testing.assert_close(schedule.alpha(n / 1000) ** 2, published["cum_alpha"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(2 * schedule.lambda_(n / 1000), published["log_snr"], rtol=0, atol=1e-12)
     t = published["t"]
     for ours, theirs, atol in (
         (schedule.log_alpha(t), published["log_mean_coeff"], 2e-6),

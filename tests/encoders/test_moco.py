@@ -177,7 +177,7 @@ def test_encoder_comes_back_from_its_artifact(index: ImageIndex, tmp_path: Path,
     np.testing.assert_array_equal(found[0][1], found[1][1])
     knn = artifact.info["knn"]
     assert knn["pixels"] > 0.5 and set(knn) == {"k", "num_train", "num_held_out", "pixels", "encoder", "untrained"}
-    assert list(found[0][1].shape[1:]) == artifact.info["map"] and not encoder.training
+    assert list(found[0][1].shape[2:]) == artifact.info["map"] and not encoder.training
     assert not any(p.requires_grad for p in encoder.parameters())
     if kind == "moco":
         trained, _ = train_moco(config, training_batches(index, 64, 0), *pixel_statistics(index))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nestdiff_core.config import ConditioningConfig, ExperimentConfig, LevelConfig, UViTConfig
-from nestdiff_core.errors import ConfigError
+from nestdiff_core.errors import ConfigError, IntegrityError
 from nestdiff_core.models import LatentTokens, NestedDenoiser, UViT, build_denoiser, count_macs
 from nestdiff_core.recipes import digits
 
@@ -15,8 +15,9 @@ LATENT = LatentTokens((3, 4, 4), 2)
 ABOVE = {2: LatentTokens((5, 4, 4), 2), 3: LatentTokens((6, 1, 1), 1)}
 
 
-def denoiser(*, above=ABOVE, num_classes=4, config=CONFIG):
-    return NestedDenoiser(1, LATENT, above, config, num_classes=num_classes, generator=torch.Generator().manual_seed(0))
+def denoiser(*, above=ABOVE, num_classes=4, config=CONFIG, **options):
+    generator = torch.Generator().manual_seed(0)
+    return NestedDenoiser(1, LATENT, above, config, num_classes=num_classes, generator=generator, **options)
 
 
 def inputs(batch=3):
@@ -39,14 +40,31 @@ def test_without_conditions_it_is_the_published_network():
     torch.testing.assert_close(own(z, t, {}), uvit(z, 1000 * t))
 
 
+def test_with_classes_or_captions_it_is_the_published_network():
+    """Label and caption tokens stand where the published network has them: its weights can be a start."""
+    z, t, _, labels = inputs()
+    captions = torch.randn(3, 7, 6, generator=torch.Generator().manual_seed(2))
+    pairs = [
+        (denoiser(above={}), UViT(LATENT.shape, 2, CONFIG, num_classes=5), labels),
+        (
+            denoiser(above={}, num_classes=0, text=(7, 6)),
+            UViT(LATENT.shape, 2, CONFIG, context_dim=6, num_context=7),
+            captions,
+        ),
+    ]
+    for own, uvit, condition in pairs:
+        uvit.load_state_dict({k: v for k, v in own.state_dict().items() if k != "null_context"})
+        torch.testing.assert_close(own(z, t, {}, condition), uvit(z, 1000 * t, condition))
+
+
 def test_tokens_run_from_abstract_to_concrete():
-    """[time | label | z_3 | z_2 | z_1]: each input changes its own tokens only."""
+    """[label | time | z_3 | z_2 | z_1]: each input changes its own tokens only."""
     model, (z, t, z_above, labels) = denoiser(), inputs()
     seen = []
     model.transform = lambda tokens: seen.append(tokens) or tokens
     groups = {
-        (0, 1): (z, t * 0.5, z_above, labels),
-        (1, 2): (z, t, z_above, labels.roll(1)),
+        (0, 1): (z, t, z_above, labels.roll(1)),
+        (1, 2): (z, t * 0.5, z_above, labels),
         (2, 3): (z, t, z_above | {3: z_above[3] + 1}, labels),
         (3, 7): (z, t, z_above | {2: z_above[2] + 1}, labels),
         (7, 11): (z + 1, t, z_above, labels),
@@ -59,18 +77,36 @@ def test_tokens_run_from_abstract_to_concrete():
         assert differing == list(range(start, stop))
 
 
-def test_every_input_matters():
+@pytest.mark.parametrize("injection", ["tokens", "fusion"])
+def test_published_weights_are_a_start(injection):
+    """Everything but the way of the conditions comes from them; without conditions it is then the published network."""
+    uvit = UViT(LATENT.shape, 2, CONFIG, num_classes=5, generator=torch.Generator().manual_seed(7))
+    model, (z, t, _, labels) = denoiser(injection=injection), inputs()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.start_from(uvit.state_dict())
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed and not any(k.startswith(("conditions", "fusion")) for k in changed)
+    bare = denoiser(above={})
+    bare.start_from(uvit.state_dict())
+    torch.testing.assert_close(bare(z, t, {}, labels), uvit(z, 1000 * t, labels))
+    with pytest.raises(IntegrityError, match=r"level 1.*expected \(5, 16\), found \(9, 16\)"):
+        model.start_from(UViT(LATENT.shape, 2, CONFIG, num_classes=9).state_dict())
+
+
+@pytest.mark.parametrize("injection", ["tokens", "fusion"])
+def test_every_input_matters(injection):
     """The output depends on time, label, each condition and the noised latent."""
-    model, (z, t, z_above, labels) = denoiser(), inputs()
+    model, (z, t, z_above, labels) = denoiser(injection=injection), inputs()
     for tensor in (z, t, *z_above.values()):
         tensor.requires_grad_()
     model(z, t, z_above, labels).square().sum().backward()
     assert all(tensor.grad.abs().sum() > 0 for tensor in (z, t, *z_above.values(), model.label_emb.weight))
 
 
-def test_a_dropped_sample_sees_neither_conditions_nor_label():
+@pytest.mark.parametrize("injection", ["tokens", "fusion"])
+def test_a_dropped_sample_sees_neither_conditions_nor_label(injection):
     """Dropping hides every condition and the label of that sample, and changes no other sample."""
-    model, (z, t, z_above, labels) = denoiser(), inputs()
+    model, (z, t, z_above, labels) = denoiser(injection=injection), inputs()
     drop = torch.tensor([True, False, False])
     out = model(z, t, z_above, labels, drop)
     others = model(z, t, {m: z_m.roll(1, 0) for m, z_m in z_above.items()}, labels.roll(1), drop)
@@ -78,6 +114,35 @@ def test_a_dropped_sample_sees_neither_conditions_nor_label():
     assert not torch.allclose(out[1:], others[1:])
     torch.testing.assert_close(out[1:], model(z, t, z_above, labels)[1:])
     assert not torch.allclose(out[0], model(z, t, z_above, labels)[0])
+
+
+@pytest.mark.parametrize("injection", ["tokens", "fusion"])
+def test_conditions_are_dropped_one_by_one(injection):
+    """A mapping of masks hides the named conditions of the named samples and no other."""
+    model, (z, t, z_above, labels) = denoiser(injection=injection), inputs()
+    every = torch.ones(3, dtype=torch.bool)
+    for hidden, changed in {
+        "labels": (z_above, labels.roll(1)),
+        2: (z_above | {2: z_above[2] + 1}, labels),
+        3: (z_above | {3: z_above[3] + 1}, labels),
+    }.items():
+        out = model(z, t, z_above, labels, {hidden: every})
+        torch.testing.assert_close(model(z, t, *changed, {hidden: every}), out)
+        others = {name: every for name in ("labels", 2, 3) if name != hidden}
+        assert not torch.allclose(model(z, t, *changed, others), model(z, t, z_above, labels, others))
+    together = model(z, t, z_above, labels, every)
+    torch.testing.assert_close(model(z, t, z_above, labels, dict.fromkeys(("labels", 2, 3), every)), together)
+
+
+def test_the_empty_caption_is_the_null_caption():
+    """No captions, dropped captions and the given empty caption are one thing."""
+    model, (z, t, _, _) = denoiser(above={}, num_classes=0, text=(7, 6)), inputs()
+    empty, captions = torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(2)), torch.ones(3, 7, 6)
+    model.null_context.copy_(empty[:1])
+    null = model(z, t, {})
+    torch.testing.assert_close(model(z, t, {}, empty[:1].expand(3, -1, -1)), null)
+    torch.testing.assert_close(model(z, t, {}, captions, torch.ones(3, dtype=torch.bool)), null)
+    assert not torch.allclose(model(z, t, {}, captions), null)
 
 
 def test_the_null_class_is_the_last_row():
@@ -89,9 +154,10 @@ def test_the_null_class_is_the_last_row():
     torch.testing.assert_close(model(z, t, {}), model(z, t, {}, labels, torch.ones(3, dtype=torch.bool)))
 
 
-def test_training_with_drops_reaches_every_parameter():
+@pytest.mark.parametrize("injection", ["tokens", "fusion"])
+def test_training_with_drops_reaches_every_parameter(injection):
     """A batch with and without drops leaves no parameter without a gradient (DDP waits for all of them)."""
-    model, (z, t, z_above, labels) = denoiser(), inputs()
+    model, (z, t, z_above, labels) = denoiser(injection=injection), inputs()
     model(z, t, z_above, labels, torch.tensor([True, False, False])).square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 

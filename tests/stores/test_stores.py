@@ -65,6 +65,17 @@ def test_reader_gives_what_was_written(tmp_path: Path, counts: list[int], dtype:
         np.testing.assert_array_equal(np.concatenate([shard for _, shard in reader.iterate_shards()]), values)
 
 
+@pytest.mark.parametrize("counts", [[8, 8, 8], [8, 5, 0, 8, 1]])
+def test_one_of_each_row_is_picked(tmp_path: Path, counts: list[int]) -> None:
+    """`pick` reads, for each row, one entry along the row's first axis."""
+    path = tmp_path / "store.zarr"
+    rows, rng = make(path, counts), np.random.default_rng(1)
+    order = rng.integers(0, sum(counts), 50)
+    for name, values in rows.items():
+        pick = rng.integers(0, values.shape[1], 50)
+        np.testing.assert_array_equal(StoreReader(path, name).read(order, pick), values[order, pick])
+
+
 @given(counts=st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any), seed=st.integers(0, 100))
 @settings(max_examples=15, deadline=None)
 def test_reader_equals_plain_zarr(tmp_path_factory: pytest.TempPathFactory, counts: list[int], seed: int) -> None:
@@ -217,12 +228,12 @@ def test_missing_array_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_non_finite_is_refused_by_name(tmp_path: Path, value: float) -> None:
-    """A NaN or infinity names array, row, shard, channel and the image's key; nothing of the shard is written."""
+    """A NaN or infinity names array, row, shard, place and the image's key; nothing of the shard is written."""
     path = tmp_path / "store.zarr"
     create_store(path, ARRAYS, "float16", [8, 8], CHUNK, {})
     values = {"map": np.ones((8, 3, 2, 2), np.float16), "vector": np.ones((8, 5), np.float16)}
     values["map"][5, 2, 1, 0] = value
-    with pytest.raises(NumericsError, match="Array map, row 5 of shard 1, channel 2 is not finite") as error:
+    with pytest.raises(NumericsError, match=r"Array map, row 5 of shard 1, at \[2, \d, \d\], is not finite") as error:
         write_shard(path, 1, values, keys=[f"image{i}" for i in range(8)])
     assert error.value.key == "image5"
     assert not shard_file(path, 1).exists() and not shard_file(path, 1, "vector").exists()
@@ -234,7 +245,7 @@ def test_float16_overflow_is_refused(tmp_path: Path) -> None:
     values["vector"][2, 4] = -70000.0
     create_store(tmp_path / "half.zarr", ARRAYS, "float16", [4], CHUNK, {})
     with pytest.raises(
-        NumericsError, match="Array vector, row 2 of shard 0, channel 4 does not fit into float16"
+        NumericsError, match=r"Array vector, row 2 of shard 0, at \[4\], does not fit into float16"
     ) as error:
         write_shard(tmp_path / "half.zarr", 0, values)
     assert error.value.found == -70000.0

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from nestdiff_core.config import ConditioningConfig, DiffusionConfig, ExperimentConfig
+from nestdiff_core.diffusion.schedule import VPSchedule
 from nestdiff_core.errors import Interrupted, NumericsError
 from nestdiff_core.recipes import toy
 from nestdiff_core.stores.reader import StoreReader
 from nestdiff_core.stores.writer import create_store, write_shard
 from nestdiff_core.training.checkpoint import list_checkpoints
-from nestdiff_core.training.data import BatchOrder, LatentBatches
+from nestdiff_core.training.data import BatchOrder, LatentBatches, draw
 from nestdiff_core.training.loop import Trainer, stop_on_signals
 
 NUM_IMAGES = 48
@@ -35,7 +36,8 @@ def batches(tmp_path_factory: pytest.TempPathFactory) -> LatentBatches:
     folder, rng, readers = tmp_path_factory.mktemp("latents"), np.random.default_rng(0), {}
     top = rng.standard_normal((NUM_IMAGES, 4, 2, 2)).astype(np.float32)
     image = np.tanh(np.repeat(np.repeat(top[:, :1], 4, 2), 4, 3))
-    for level, z in {1: image, 2: top}.items():
+    for level, clean in {1: image, 2: top}.items():
+        z = np.stack([clean, clean[..., ::-1]], axis=1)  # two views
         create_store(folder / f"{level}.zarr", {f"z_{level}": z.shape[1:]}, "float16", [NUM_IMAGES], 16, {})
         write_shard(folder / f"{level}.zarr", 0, {f"z_{level}": z})
         readers[level] = StoreReader(folder / f"{level}.zarr", f"z_{level}")
@@ -97,6 +99,51 @@ def test_every_step_boundary_is_a_new_seed(batches: LatentBatches, tmp_path: Pat
     draws = [t._draw(0, step, 8, 0.5) for step in (0, 1, 0)]
     assert not torch.equal(draws[0].eps, draws[1].eps)
     assert torch.equal(draws[0].eps, draws[2].eps) and torch.equal(draws[0].eta[2], draws[2].eta[2])
+
+
+def test_batches_join_one_view_of_all_levels(batches: LatentBatches) -> None:
+    """Image and conditions of a row are of the same view, the one that was drawn."""
+    rows, view = np.array([3, 40, 3, 7]), np.array([0, 1, 1, 0])
+    latents, labels = batches.read(rows, view, np.zeros(4, int), torch.device("cpu"))
+    for level, z in latents.items():
+        stored = torch.from_numpy(batches.readers[level].read(rows)).float()
+        assert torch.equal(z, stored[range(4), view])
+    assert labels is not None and labels.tolist() == [3, 0, 3, 7]
+
+
+def test_captions_are_drawn_with_the_step(tmp_path: Path) -> None:
+    """Each image brings one of its captions, and every one has its turn."""
+    tokens = np.arange(6 * 3, dtype=np.float32).reshape(6, 3, 1, 1)
+    create_store(tmp_path / "text.zarr", {"tokens": (3, 1, 1)}, "float32", [6], 4, {})
+    write_shard(tmp_path / "text.zarr", 0, {"tokens": tokens})
+    create_store(tmp_path / "z.zarr", {"z_1": (1, 1, 2, 2)}, "float32", [6], 4, {})
+    write_shard(tmp_path / "z.zarr", 0, {"z_1": np.zeros((6, 1, 1, 2, 2), np.float32)})
+    readers = {1: StoreReader(tmp_path / "z.zarr", "z_1")}
+    captioned = LatentBatches(readers, None, StoreReader(tmp_path / "text.zarr", "tokens"))
+    rows, seen = np.arange(6), set()
+    for step in range(20):
+        draws = draw(
+            seed=0, step=step, batch_size=6, shapes=captioned.shapes(), level=1, schedule=VPSchedule(),
+            condition_drop=0.1, num_captions=captioned.num_captions,
+        )  # fmt: skip
+        _, text = captioned.read(rows, draws.view.numpy(), draws.caption.numpy(), torch.device("cpu"))
+        assert text is not None and torch.equal(text.flatten() // 3, torch.arange(6.0))
+        seen |= set(text.flatten().tolist())
+    assert seen == set(range(18))
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_one_coin_for_all_conditions_or_one_for_each(each: bool) -> None:
+    """Conditions are dropped at the stated rate, together or independently."""
+    draws = draw(
+        seed=0, step=0, batch_size=20_000, shapes={1: (1, 1, 1), 2: (1, 1, 1), 3: (1, 1, 1)}, level=1,
+        schedule=VPSchedule(), condition_drop=0.3, drop_each=each,
+    )  # fmt: skip
+    assert list(draws.drop) == ["labels", 3, 2]
+    masks = torch.stack(list(draws.drop.values())).float()
+    torch.testing.assert_close(masks.mean(1), torch.full((3,), 0.3), atol=0.02, rtol=0)
+    correlation = torch.corrcoef(masks)[0, 1:].abs()
+    assert (correlation < 0.03).all() if each else (correlation > 0.99).all()
 
 
 def test_a_damaged_checkpoint_is_passed_over(batches: LatentBatches, tmp_path: Path, uninterrupted: str) -> None:
