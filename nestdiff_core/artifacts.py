@@ -35,6 +35,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 PARTS = "_parts"
 TEMPORARY = ".tmp-"
+LOCK = ".lock"
 
 
 # --- hashes -------------------------------------------------------------------------------------------------------
@@ -170,7 +171,7 @@ class DirectoryLock:
     """
 
     def __init__(self, directory: Path, *, stage: str | None = None, level: int | None = None) -> None:
-        self.path, self.stage, self.level = directory / ".lock", stage, level
+        self.path, self.stage, self.level = directory / LOCK, stage, level
         self._handle: int | None = None
 
     def __enter__(self) -> DirectoryLock:
@@ -335,10 +336,11 @@ class ArtifactWriter:
         files = {}
         for path in sorted(p for p in self.path.rglob("*") if p.is_file()):
             relative = path.relative_to(self.path).as_posix()
-            if relative.split("/")[0] not in (PARTS, ".lock", MANIFEST, *beside):
+            if relative.split("/")[0] not in (PARTS, LOCK, MANIFEST, *beside):
                 files[relative] = file_record(path)
         digest = fingerprint({name: record["sha256"] for name, record in files.items()})
         manifest = {**self.header, "digest": digest, "code_version": code_version(), "files": files, "info": info}
+        manifest["beside"] = list(beside)
         write_json(self.path / MANIFEST, manifest)
         return Artifact(self.path, manifest)
 
@@ -382,7 +384,7 @@ def writing(path: Path, header: dict[str, Any], *, keep_parts: bool = False) -> 
 
 def _children(path: Path) -> list[Path]:
     """Everything in a directory but the lock; the manifest first, so that nothing half-moved looks sealed."""
-    return sorted((p for p in path.iterdir() if p.name != ".lock"), key=lambda p: p.name != MANIFEST)
+    return sorted((p for p in path.iterdir() if p.name != LOCK), key=lambda p: p.name != MANIFEST)
 
 
 def _move_children(source: Path, target: Path) -> None:

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from nestdiff_core.artifacts import MANIFEST, TEMPORARY, DirectoryLock
+from nestdiff_core.artifacts import LOCK, MANIFEST, TEMPORARY, DirectoryLock
 from nestdiff_core.errors import EnvironmentFault, IntegrityError
 from nestdiff_core.experiment import home
 
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
 def survey(root: Path) -> list[str]:
     """A line for each unsealed artifact (being written, or left by a stopped run) and for temporary files."""
     lines = []
-    for lock in sorted(root.glob("*/*/.lock")):
+    for lock in sorted(root.glob(f"*/*/{LOCK}")):
         folder = lock.parent
         if (folder / MANIFEST).is_file():
             continue
@@ -61,7 +61,7 @@ def survey(root: Path) -> list[str]:
         lines.append(f"{folder.relative_to(root)}: {state}")
     litter = [path for pattern in (f"{TEMPORARY}*", "*.partial") for path in root.glob(f"**/{pattern}")]
     if litter:
-        lines.append(f"{len(litter)} temporary files of stopped runs; they go when their artifact is written again")
+        lines.append(f"{len(litter)} temporary files of stopped runs; `python -m nestdiff_core gc` lists them")
     return lines
 
 
