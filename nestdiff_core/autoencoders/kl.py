@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from torch import Tensor
 
 from nestdiff_core.autoencoders.base import NetworkAutoencoder
 from nestdiff_core.config import AutoencoderConfig
-from nestdiff_core.errors import ConfigError, EnvironmentFault
+from nestdiff_core.errors import ConfigError, EnvironmentFault, IntegrityError
 
 CODE, SHRINK = 4, 8
 HUB = "hub:"
+
+# In float32 whatever the file's precision, and without the package accelerate.
+EXACT: dict[str, Any] = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
 
 # Stable Diffusion's, for `random`.
 SHAPE: dict[str, Any] = {
@@ -34,6 +38,7 @@ class KLAutoencoder(NetworkAutoencoder):
         super().__init__(network, config.scale, config.channels, device)
         self.kl = network
         self.sample = config.posterior == "sample"
+        self.shape = json.loads(network.to_json_string())
 
     def code(self, x: Float[Tensor, "B 3 H W"], rows: np.ndarray | None) -> Float[Tensor, "B 4 h w"]:
         posterior = self.kl.encode(x).latent_dist
@@ -55,11 +60,14 @@ class KLAutoencoder(NetworkAutoencoder):
         return self.kl.decode(code).sample
 
 
-def load_kl(config: AutoencoderConfig, device: torch.device | str = "cpu") -> KLAutoencoder:
-    """From a folder as diffusers saves it, from `hub:NAME`, or `random` from a fixed seed.
+def load_kl(
+    config: AutoencoderConfig, device: torch.device | str = "cpu", *, shape: dict[str, Any] | None = None
+) -> KLAutoencoder:
+    """From a folder as diffusers saves it, from `hub:NAME` (`hub:NAME/FOLDER` inside of it), or `random`.
 
-    Raises EnvironmentFault without diffusers or when the download fails, ConfigError for a path that is no such
-    folder or an autoencoder of another shape.
+    shape: of a random one, as `KLAutoencoder.shape` gave it; else Stable Diffusion's. Raises EnvironmentFault without
+    diffusers or when the download fails, ConfigError for a path that is no such folder or an autoencoder of another
+    shape, IntegrityError for a damaged folder.
     """
     try:
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -74,10 +82,12 @@ def load_kl(config: AutoencoderConfig, device: torch.device | str = "cpu") -> KL
     if weights == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            network = AutoencoderKL(**SHAPE)
+            network = AutoencoderKL.from_config(shape or SHAPE)
     elif weights.startswith(HUB):
+        parts = weights.removeprefix(HUB).split("/")
+        name, folder = "/".join(parts[:2]), "/".join(parts[2:])
         try:
-            network = AutoencoderKL.from_pretrained(weights.removeprefix(HUB))
+            network = AutoencoderKL.from_pretrained(name, subfolder=folder or None, **EXACT)
         except Exception as error:  # the hub's client has errors of its own, not derived from OSError
             raise EnvironmentFault(
                 f"diffusers could not fetch {weights.removeprefix(HUB)} ({' '.join(str(error).split())[:300]})",
@@ -109,10 +119,11 @@ def _from_folder(cls: Any, folder: Path) -> Any:
             fix="Correct the path.",
         )
     try:
-        return cls.from_pretrained(folder, local_files_only=True)
+        return cls.from_pretrained(folder, local_files_only=True, **EXACT)
     except Exception as error:  # what diffusers raises for a damaged folder has no common class
-        raise ConfigError(
+        raise IntegrityError(
             f"diffusers cannot read this autoencoder ({' '.join(str(error).split())[:300]})",
+            stage="latents",
             key="autoencoder.weights",
             path=folder,
             fix="Get the folder again.",

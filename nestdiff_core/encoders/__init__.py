@@ -15,15 +15,16 @@ import torch
 from nestdiff_core.artifacts import Artifact, ArtifactWriter, read_json, replacing, sha256_file, write_json
 from nestdiff_core.config import AutoencoderConfig, EncoderConfig
 from nestdiff_core.config_io import from_dict, to_dict
-from nestdiff_core.encoders.base import Encoder, feature_shapes
-from nestdiff_core.encoders.clip import ClipEncoder, clip_encoder
-from nestdiff_core.encoders.code import CodeEncoder
-from nestdiff_core.encoders.convnet import ConvEncoder, torchvision_encoder
+from nestdiff_core.encoders.base import Encoder, feature_shapes, normalisation
+from nestdiff_core.encoders.clip import ClipEncoder, clip_encoder, clip_network
+from nestdiff_core.encoders.code import CodeEncoder, code_encoder
+from nestdiff_core.encoders.convnet import ConvEncoder, torchvision_encoder, torchvision_network
 from nestdiff_core.encoders.extract import encode_captions, encode_crops, extract_crops, extract_features
 from nestdiff_core.encoders.knn import compare
 from nestdiff_core.encoders.moco import pixel_statistics, train_moco, training_batches, untrained
-from nestdiff_core.encoders.vit import ViTEncoder, load_weights, moco_network, timm_encoder, timm_network
+from nestdiff_core.encoders.vit import ViTEncoder, load_weights, timm_encoder, timm_network
 from nestdiff_core.encoders.weights import fill, read_weights
+from nestdiff_core.errors import ConfigError
 from nestdiff_core.images import ImageIndex
 from nestdiff_core.progress import Progress
 
@@ -37,8 +38,6 @@ __all__ = [
     "feature_shapes",
     "load_encoder",
 ]
-
-SavedEncoder = ViTEncoder | ClipEncoder | ConvEncoder | CodeEncoder
 
 MODEL, CONFIG = "model.safetensors", "config.json"
 
@@ -54,37 +53,49 @@ def build_encoder(
 ) -> dict[str, Any]:
     """Make the encoder and write it below `writer.path`; returns what it is and how well its vectors classify.
 
-    autoencoder: of the experiment, for kind autoencoder. Does not seal. `knn` in the result is there where the images
+    Does not seal. autoencoder: the experiment's, for kind autoencoder. `knn` in the result is there where the images
     have labels: held-out accuracy of the encoder, of raw pixels, and of the untrained network of the same shape.
     """
     losses: list[float] = []
-    autoencoder = autoencoder or AutoencoderConfig()
-    if config.kind == "moco":
-        mean, std = pixel_statistics(index)
-        batches = training_batches(index, config.moco.batch_size, config.moco.seed)
-        encoder, losses = train_moco(config, batches, mean, std, device=device, progress=progress)
-    else:
-        record = {"in_channels": index.channels, "resolution": index.resolution, "mean": [], "std": []}
-        encoder = _make(config, autoencoder, record, fetch=True, device=device)
+    match config.kind:
+        case "moco":
+            mean, std = normalisation(config, *pixel_statistics(index))
+            batches = training_batches(index, config.moco.batch_size, config.moco.seed)
+            encoder, losses = train_moco(config, batches, mean, std, device=device, progress=progress)
+        case "timm":
+            encoder = _timm(config)
+        case "open_clip":
+            encoder = clip_encoder(config, clip_network(config, fetch=True))
+        case "torchvision":
+            encoder = torchvision_encoder(config, torchvision_network(config, fetch=True))
+        case "autoencoder":
+            encoder = code_encoder(
+                config,
+                _required(autoencoder),
+                channels=index.channels,
+                resolution=index.resolution,
+                device=device,
+            )
     encoder.to(device).eval().requires_grad_(False)
     with replacing(writer.path / MODEL) as temporary:
         safetensors.torch.save_file(
-            {k: v.cpu().contiguous() for k, v in encoder.network.state_dict().items()}, temporary
+            {k: v.cpu().contiguous() for k, v in encoder.get_submodule("network").state_dict().items()}, temporary
         )
     record = {
         "encoder": to_dict(config),
-        "autoencoder": to_dict(autoencoder),
-        "resolution": index.resolution,
         "in_channels": encoder.in_channels,
         "mean": list(encoder.mean),
         "std": list(encoder.std),
     }
+    if isinstance(encoder, CodeEncoder):
+        record |= {
+            "autoencoder": to_dict(autoencoder),
+            "autoencoder_shape": encoder.autoencoder.shape,
+            "resolution": index.resolution,
+        }
     write_json(writer.path / CONFIG, record)
     shapes = {name: list(shape) for name, shape in feature_shapes(encoder).items()}
-    knn = None
-    if index.num_classes:
-        others = {} if config.kind == "autoencoder" else {"untrained": _untrained(config, encoder).to(device)}
-        knn = compare({"encoder": encoder, **others}, index)
+    knn = compare({"encoder": encoder, "untrained": _untrained(record, device)}, index) if index.num_classes else None
     return {
         **shapes,
         "num_parameters": sum(p.numel() for p in encoder.parameters()),
@@ -101,60 +112,56 @@ def build_encoder(
 
 
 def load_encoder(artifact: Artifact, *, device: str | torch.device = "cpu") -> Encoder:
-    """The encoder of a sealed artifact, frozen, in eval mode, on `device`."""
-    record = read_json(artifact.path / CONFIG, stage="encoder")
-    config = from_dict(EncoderConfig, record["encoder"])
-    autoencoder = from_dict(AutoencoderConfig, record["autoencoder"])
-    encoder = _make(config, autoencoder, record, fetch=False, device=device)
+    """The encoder of a sealed artifact, frozen, in eval mode, on `device`; no file outside of it is read."""
+    encoder = _untrained(read_json(artifact.path / CONFIG, stage="encoder"), device)
     path = artifact.path / MODEL
-    fill(encoder.network, read_weights(path), path)
+    fill(encoder.get_submodule("network"), read_weights(path), path)
+    return encoder
+
+
+def _untrained(record: dict[str, Any], device: str | torch.device) -> Encoder:
+    """The encoder that an artifact's config.json describes, with the weights that a fixed seed gives."""
+    config = from_dict(EncoderConfig, record["encoder"])
+    mean, std = tuple(record["mean"]), tuple(record["std"])
+    size = config.input_size
+    match config.kind:
+        case "moco":
+            encoder = untrained(config, mean, std)
+        case "timm":
+            encoder = ViTEncoder(timm_network(config), input_size=size, in_channels=3, mean=mean, std=std)
+        case "open_clip":
+            encoder = ClipEncoder(clip_network(config, fetch=False), input_size=size, mean=mean, std=std)
+        case "torchvision":
+            network = torchvision_network(config, fetch=False)
+            encoder = ConvEncoder(network, input_size=size, mean=mean, std=std)
+        case "autoencoder":
+            encoder = code_encoder(
+                config,
+                from_dict(AutoencoderConfig, record["autoencoder"]),
+                channels=record["in_channels"],
+                resolution=record["resolution"],
+                shape=record["autoencoder_shape"],
+                device=device,
+            )
     return encoder.to(device).eval().requires_grad_(False)
 
 
-def _make(
-    config: EncoderConfig,
-    autoencoder: AutoencoderConfig,
-    record: dict[str, Any],
-    *,
-    fetch: bool,
-    device: str | torch.device,
-) -> SavedEncoder:
-    """The encoder with its published weights, or without `fetch` as it is before weights are loaded.
-
-    record: in_channels and resolution of the images; mean and std of those that a MoCo network was trained on.
-    """
-    match config.kind:
-        case "moco":
-            return ViTEncoder(
-                moco_network(config, record["in_channels"]),
-                input_size=config.input_size,
-                in_channels=record["in_channels"],
-                mean=tuple(record["mean"]),
-                std=tuple(record["std"]),
-            )
-        case "timm":
-            network = timm_network(config, pretrained=fetch and config.weights == "hub")
-            if fetch and config.weights not in ("hub", "random"):
-                load_weights(network, Path(config.weights).expanduser())
-            return timm_encoder(config, network)
-        case "open_clip":
-            return clip_encoder(config, fetch=fetch)
-        case "torchvision":
-            return torchvision_encoder(config, fetch=fetch)
-        case "autoencoder":
-            return CodeEncoder(
-                autoencoder,
-                fold=config.fold,
-                channels=record["in_channels"],
-                resolution=record["resolution"],
-                device=device,
-            )
+def _timm(config: EncoderConfig) -> ViTEncoder:
+    network = timm_network(config, pretrained=config.weights == "hub")
+    if config.weights not in ("hub", "random"):
+        load_weights(network, Path(config.weights).expanduser())
+    return timm_encoder(config, network)
 
 
-def _untrained(config: EncoderConfig, encoder: SavedEncoder) -> SavedEncoder:
-    if config.kind == "moco":
-        return untrained(config, encoder.mean, encoder.std)
-    return _make(config, AutoencoderConfig(), {}, fetch=False, device="cpu")
+def _required(autoencoder: AutoencoderConfig | None) -> AutoencoderConfig:
+    if autoencoder is None:
+        raise ConfigError(
+            "An encoder of kind autoencoder needs the experiment's autoencoder",
+            stage="encoder",
+            key="encoder.kind",
+            fix="Pass build_encoder(..., autoencoder=config.autoencoder).",
+        )
+    return autoencoder
 
 
 def _thinned(losses: list[float], points: int = 50) -> list[tuple[int, float]]:

@@ -24,7 +24,7 @@ class Encoder(nn.Module):
 
     Images become values in [0, 1], are resized to `input_size` (bicubic, antialiased, clamped), repeated to three
     channels where the network wants RGB, and normalised by `mean` and `std`. A subclass gives `forward`, and
-    keeps what is saved as `network`.
+    keeps as its submodule `network` what is saved.
     """
 
     resize = "bicubic, antialiased"  # as it stands in the artifact's record of the preprocessing

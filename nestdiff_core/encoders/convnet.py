@@ -15,78 +15,94 @@ from nestdiff_core.encoders.base import Encoder, normalisation
 from nestdiff_core.encoders.weights import brief, fill, not_fetched, read_weights, require_known, seeded
 from nestdiff_core.errors import ConfigError
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 
 class ConvEncoder(Encoder):
-    """The map is what `layer` puts out, the vector its average over positions."""
+    """The map is what a layer puts out, the vector its average over positions.
 
-    def __init__(
-        self, network: nn.Module, layer: str, *, input_size: int, mean: tuple[float, ...], std: tuple[float, ...]
-    ) -> None:
-        extractor = create_feature_extractor(network, {layer: "map"})
-        with torch.no_grad():
-            shape = extractor.eval()(torch.zeros(1, 3, input_size, input_size))["map"].shape
-        if len(shape) != 4 or shape[2] != shape[3]:
-            raise ConfigError(
-                "encoder.layer has no square feature map",
-                key="encoder.layer",
-                expected="an output (channels, side, side)",
-                found=f"{layer} with {tuple(shape[1:])}",
-                fix="Name a layer before the pooling.",
-            )
+    network: gives {"map": (B, C, S, S)}; a network of torchvision up to that layer, as `torchvision_network` makes.
+    """
+
+    def __init__(self, network: nn.Module, *, input_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        with torch.no_grad():  # only a run tells the shape
+            channels, side, _ = network.eval()(torch.zeros(1, 3, input_size, input_size))["map"].shape[1:]
         super().__init__(
-            map_channels=shape[1],
-            map_side=shape[2],
-            vector_channels=shape[1],
+            map_channels=channels,
+            map_side=side,
+            vector_channels=channels,
             input_size=input_size,
             in_channels=3,
             mean=mean,
             std=std,
         )
-        self.network, self._extractor = network, extractor
+        self.network = network
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B D S S"], Float[Tensor, "B D"]]:
-        feature_map = self._extractor(x)["map"]
+        feature_map = self.network(x)["map"]
         return feature_map, feature_map.mean((2, 3))
 
 
-def torchvision_encoder(config: EncoderConfig, *, fetch: bool) -> ConvEncoder:
-    """torchvision's `config.name`; without `fetch` its weights are random, from a fixed seed.
+def torchvision_network(config: EncoderConfig, *, fetch: bool) -> nn.Module:
+    """torchvision's `config.name` up to `config.layer`; without `fetch` from a fixed seed, whatever config.weights.
 
     Raises ConfigError for a name, layer or input size that cannot be used, EnvironmentFault when a download fails,
-    IntegrityError for a file that does not fit.
+    IntegrityError for a file that does not fit the whole network (a missing head is not missed).
     """
-    require_known(
-        config.name, torchvision.models.list_models(), "torchvision", listing="torchvision.models.list_models()"
-    )
+    known = torchvision.models.list_models(module=torchvision.models)
+    require_known(config.name, known, "torchvision", listing="torchvision.models.list_models()")
     hub = fetch and config.weights == "hub"
     try:
         with seeded(0):
-            network = torchvision.models.get_model(config.name, weights="DEFAULT" if hub else None)
-    except Exception as error:
-        if not hub:
-            raise
-        raise not_fetched(f"torchvision's weights of {config.name}", error) from error
-    layers = dict(network.named_modules())
-    if not config.layer or config.layer not in layers:
+            whole = torchvision.models.get_model(config.name, weights="DEFAULT" if hub else None).eval()
+    except Exception as error:  # urllib's errors, and those of a damaged download
+        if hub:
+            raise not_fetched(f"torchvision's weights of {config.name}", error) from error
+        raise
+    network = _up_to(whole, config)
+    if fetch and config.weights not in ("hub", "random"):
+        path = Path(config.weights).expanduser()
+        fill(network, read_weights(path), path, spare=whole.state_dict())
+    return network
+
+
+def torchvision_normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation with which torchvision's own weights of this network were trained."""
+    transforms = torchvision.models.get_model_weights(name)["DEFAULT"].transforms()
+    return tuple(transforms.mean), tuple(transforms.std)
+
+
+def torchvision_encoder(config: EncoderConfig, network: nn.Module) -> ConvEncoder:
+    """Joins a network of torchvision with the normalisation it was trained with, or with the experiment's."""
+    mean, std = normalisation(config, *torchvision_normalisation(config.name))
+    return ConvEncoder(network, input_size=config.input_size, mean=mean, std=std)
+
+
+def _up_to(whole: nn.Module, config: EncoderConfig) -> nn.Module:
+    """The part of a network that `config.layer` depends on."""
+    if not config.layer or config.layer not in dict(whole.named_modules()):
         raise ConfigError(
             f"{config.name} has no such layer",
             key="encoder.layer",
-            expected=[name for name, _ in network.named_children()],
+            expected=[name for name, _ in whole.named_children()],
             found=config.layer,
-            fix="Name one of these, or a layer inside of them.",
+            fix="Name one of these, or a layer inside of them (features.3).",
         )
-    if fetch and config.weights not in ("hub", "random"):
-        path = Path(config.weights).expanduser()
-        fill(network, read_weights(path), path)
-    mean, std = normalisation(config, *IMAGENET)
     try:
-        return ConvEncoder(network, config.layer, input_size=config.input_size, mean=mean, std=std)
-    except (RuntimeError, ValueError) as error:
+        part = create_feature_extractor(whole, {config.layer: "map"}, suppress_diff_warning=True).eval()
+        with torch.no_grad():
+            shape = part(torch.zeros(1, 3, config.input_size, config.input_size))["map"].shape
+    except (RuntimeError, ValueError) as error:  # torch's for too small an image, fx's for a layer that is not reached
         raise ConfigError(
             f"{config.name} cannot be used up to {config.layer} ({brief(error)})",
             key="encoder.layer",
             found=f"{config.layer} at {config.input_size} pixels",
-            fix="Choose another layer, or a larger encoder.input_size.",
+            fix="Choose another encoder.layer, or a larger encoder.input_size.",
         ) from error
+    if len(shape) != 4 or shape[2] != shape[3]:
+        raise ConfigError(
+            f"{config.layer} of {config.name} has no square feature map",
+            key="encoder.layer",
+            expected="an output (channels, side, side)",
+            found=tuple(shape[1:]),
+            fix="Name a layer before the pooling.",
+        )
+    return part

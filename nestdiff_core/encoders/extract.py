@@ -1,16 +1,19 @@
-"""Features of one shard, as they are stored: same bits whatever comes before, behind or beside an image."""
+"""Features of one shard, as they are stored: same bits whatever comes before, behind or beside an image.
+
+Every pass of a network has exactly `batch_size` rows, the last one filled up with black images or empty captions:
+matrix products of another shape round differently.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from nestdiff_core.encoders.base import Encoder
-from nestdiff_core.errors import NumericsError
+from nestdiff_core.errors import ConfigError, NumericsError
 
 
 def extract_features(
@@ -22,38 +25,34 @@ def extract_features(
     first_row: int = 0,
     flip: bool = False,
 ) -> tuple[Float[np.ndarray, "N views D S S"], Float[np.ndarray, "N views V"]]:
-    """Feature maps and vectors of `images` as `dtype` (float16 or float32); with `flip` of their mirror images too.
+    """Feature maps and vectors of `images` as `dtype` (float16 or float32).
 
-    Every pass of the network has exactly `batch_size` images, the last one filled up with black ones: matrix
-    products of another shape round differently. Raises NumericsError, naming the row (counted from `first_row`)
-    and the channel, for a feature that is not finite or does not fit `dtype`.
+    View 0 is the image; with `flip` view 1 is its mirror image. Raises NumericsError, naming the row (counted from
+    `first_row`) and the channel, for a feature that is not finite or does not fit `dtype`.
     """
-    count, views = len(images), 1 + flip
-    maps = np.empty((count, views, encoder.map_channels, encoder.map_side, encoder.map_side), dtype)
-    vectors = np.empty((count, views, encoder.vector_channels), dtype)
-    for rows, view, batch in _passes(images, batch_size, flip):
-        for store, features in zip((maps, vectors), encoder.encode(batch), strict=True):
-            found = features[: rows.stop - rows.start]
-            store[rows, view] = stored(found, dtype, first_row + rows.start, "vector" if found.ndim == 2 else "map")
+    maps = np.empty((len(images), 1 + flip, encoder.map_channels, encoder.map_side, encoder.map_side), dtype)
+    vectors = np.empty((len(images), 1 + flip, encoder.vector_channels), dtype)
+    for view, pictures in enumerate(_views(images, flip)):
+        for rows, features in _passes(encoder, pictures, batch_size):
+            for kind, store, found in zip(("map", "vector"), (maps, vectors), features, strict=True):
+                store[rows, view] = _stored(found, dtype, kind, first_row + rows.start)
     return maps, vectors
 
 
 def encode_crops(
-    encoder: Encoder, images: UInt8[np.ndarray, "B H W C"], grid: int
+    encoder: Encoder, images: UInt8[np.ndarray, "B R R C"], grid: int
 ) -> Float[Tensor, "B V {grid} {grid}"]:
-    """The vector of each of the grid x grid crops of every image, each resized to the encoder's input size.
+    """The vector of each of an image's grid x grid crops, at the crop's place.
 
-    Crops do not overlap and cover the image (arXiv 2412.05984, the `patch` source); its side is a multiple of grid.
+    Crops do not overlap, have side R / grid, and are resized to the encoder's input size like any image.
     """
-    batch, height, width, channels = images.shape
-    crops = images.reshape(batch, grid, height // grid, grid, width // grid, channels).swapaxes(2, 3)
-    _, vectors = encoder.encode(np.ascontiguousarray(crops).reshape(-1, height // grid, width // grid, channels))
-    return vectors.unflatten(0, (batch, grid, grid)).permute(0, 3, 1, 2)
+    vectors = encoder.encode(_crops(images, grid))[1]
+    return vectors.unflatten(0, (len(images), grid, grid)).permute(0, 3, 1, 2)
 
 
 def extract_crops(
     encoder: Encoder,
-    images: UInt8[np.ndarray, "N H W C"],
+    images: UInt8[np.ndarray, "N R R C"],
     grid: int,
     batch_size: int,
     dtype: str,
@@ -61,54 +60,81 @@ def extract_crops(
     first_row: int = 0,
     flip: bool = False,
 ) -> Float[np.ndarray, "N views V {grid} {grid}"]:
-    """Vectors of the crops of `images`, as maps; passes of at most `batch_size` crops. Else as `extract_features`."""
+    """`encode_crops` of `images` as `dtype`, `batch_size` crops a pass; views and errors as in `extract_features`.
+
+    View 1 holds the crops of the mirror image: its left column shows the image's right one.
+    """
     maps = np.empty((len(images), 1 + flip, encoder.vector_channels, grid, grid), dtype)
-    for rows, view, batch in _passes(images, max(1, batch_size // grid**2), flip):
-        found = encode_crops(encoder, batch, grid)[: rows.stop - rows.start]
-        maps[rows, view] = stored(found, dtype, first_row + rows.start, "crop")
+    for view, pictures in enumerate(_views(images, flip)):
+        vectors = np.empty((len(images) * grid**2, encoder.vector_channels), dtype)
+        for rows, (_, found) in _passes(encoder, _crops(pictures, grid), batch_size):
+            vectors[rows] = _stored(found, dtype, "vector of a crop", first_row, rows.start, grid**2)
+        maps[:, view] = vectors.reshape(len(images), grid, grid, -1).transpose(0, 3, 1, 2)
     return maps
 
 
 def encode_captions(
-    encode: Callable[[list[str]], Float[Tensor, "B T W"]],
-    captions: list[str],
+    encode: Callable[[Sequence[str]], Float[Tensor, "B T W"]],
+    captions: Sequence[str],
     batch_size: int,
     dtype: str,
     *,
     first_row: int = 0,
 ) -> Float[np.ndarray, "N T W"]:
-    """Tokens of captions, in passes of exactly `batch_size` (the last one filled up with empty ones)."""
+    """Tokens of `captions` as `dtype`. encode: a text tower's."""
     tokens = []
     for start in range(0, len(captions), batch_size):
-        batch = captions[start : start + batch_size]
+        batch = list(captions[start : start + batch_size])
         found = encode(batch + [""] * (batch_size - len(batch)))[: len(batch)]
-        tokens.append(stored(found, dtype, first_row + start, "caption"))
+        tokens.append(_stored(found.transpose(1, 2), dtype, "caption", first_row + start).swapaxes(1, 2))
     return np.concatenate(tokens)
 
 
-def _passes(images: np.ndarray, batch_size: int, flip: bool) -> Iterator[tuple[slice, int, np.ndarray]]:
-    """(rows, view, exactly `batch_size` images) of one pass of the network after the other."""
+def _views(images: np.ndarray, flip: bool) -> list[np.ndarray]:
+    return [images, images[:, :, ::-1]] if flip else [images]
+
+
+def _passes(encoder: Encoder, images: np.ndarray, batch_size: int) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
+    """Rows, and the map and vector of the images in them."""
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         padded = np.concatenate([batch, np.zeros((batch_size - len(batch), *batch.shape[1:]), np.uint8)])
-        for view in range(1 + flip):
-            yield slice(start, start + len(batch)), view, padded[:, :, ::-1].copy() if view else padded
+        feature_map, vector = encoder.encode(padded)
+        yield slice(start, start + len(batch)), (feature_map[: len(batch)], vector[: len(batch)])
 
 
-def stored(features: torch.Tensor, dtype: str, first_row: int, kind: str) -> np.ndarray:
-    """`features` as they are stored, or a NumericsError."""
+def _crops(images: np.ndarray, grid: int) -> UInt8[np.ndarray, "crops s s C"]:
+    """(N, R, R, C) as (N grid grid, R / grid, R / grid, C): the crops of one image after the other, row by row."""
+    n, side, _, channels = images.shape
+    if side % grid:
+        raise ConfigError(
+            "Images cannot be cut into such crops",
+            stage="crops",
+            key="levels.grid",
+            expected=f"a divisor of the images' side {side}",
+            found=grid,
+            fix="Change levels.grid or images.resolution.",
+        )
+    cut = images.reshape(n, grid, side // grid, grid, side // grid, channels).transpose(0, 1, 3, 2, 4, 5)
+    return cut.reshape(-1, side // grid, side // grid, channels)
+
+
+def _stored(
+    features: Float[Tensor, "B C *_"], dtype: str, kind: str, first_row: int, first: int = 0, per_row: int = 1
+) -> Float[np.ndarray, "B C *_"]:
+    """`features` as they are stored. first: number of the first of them; `per_row` of them share one row."""
     exact = features.float().cpu().numpy()
     with np.errstate(over="ignore"):
-        rounded = exact.astype(dtype)
-    bad = ~np.isfinite(rounded)
+        stored = exact.astype(dtype)
+    bad = ~np.isfinite(stored)
     if bad.any():
-        row, channel, *_ = np.argwhere(bad)[0].tolist()
+        item, channel, *_ = np.argwhere(bad)[0].tolist()
         raise NumericsError(
             f"A feature ({kind}) is not finite as {dtype}",
             stage="features",
-            key=f"row {first_row + row}, channel {channel}",
+            key=f"row {first_row + (first + item) // per_row}, channel {channel}",
             expected=f"at most {np.finfo(dtype).max:g}",
             found=float(exact[bad][0]),
             fix="If it is only too large, set features.dtype: float32; else check the encoder's weights.",
         )
-    return rounded
+    return stored

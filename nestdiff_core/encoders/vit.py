@@ -30,8 +30,6 @@ class ViTEncoder(Encoder):
     That is the class token for MoCo v3, DINO and most others, the mean of the patches for those trained with it.
     """
 
-    network: PlainViT
-
     def __init__(
         self,
         network: PlainViT,

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from nestdiff_core.artifacts import fingerprint, sha256_file
 from nestdiff_core.errors import ConfigError, EnvironmentFault, IntegrityError
 
 _CONTAINERS = ("state_dict", "model", "teacher")  # under which published files keep their weights
@@ -52,6 +53,15 @@ def read_weights(path: Path, *, where: str = "encoder") -> dict[str, Tensor]:
     while name := next((name for name in _CONTAINERS if isinstance(content.get(name), Mapping)), None):
         content = content[name]
     return {key: value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def weights_digest(weights: str) -> str | None:
+    """Hash of what stands in a file or folder of weights; None for `random`, `hub`, and a path that is not there."""
+    path = Path(weights).expanduser()
+    if not weights or not path.exists():
+        return None
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return fingerprint([[str(file.relative_to(path)), sha256_file(file)] for file in files if file.is_file()])
 
 
 def fill(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
 import os
+import shutil
+import sys
 import tarfile
 from pathlib import Path
 
@@ -45,14 +49,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def photographs(n: int = 8) -> np.ndarray:
-    """Real 256-pixel photographs."""
+def photographs(side: int, n: int) -> np.ndarray:
+    """Real photographs, reduced to `side` pixels."""
     shard = SHARED / "data" / "coco_captions" / "coco256-open-00000.tar"
     if not shard.is_file():
         pytest.skip(f"no photographs in {shard} (NESTDIFF_SHARED)")
     with tarfile.open(shard) as tar:
         files = [tar.extractfile(m) for m in tar if m.name.endswith(".jpg")][:n]
-        return np.stack([np.asarray(Image.open(io.BytesIO(f.read())).convert("RGB")) for f in files if f])
+        pictures = [Image.open(io.BytesIO(file.read())).convert("RGB") for file in files if file]
+    return np.stack([np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC)) for picture in pictures])
 
 
 def test_identity_is_exact() -> None:
@@ -66,15 +71,18 @@ def test_identity_is_exact() -> None:
 
 
 @needs_weights
-def test_taef2_reconstructs_photographs() -> None:
-    """28.8 dB at 256 pixels is documented for these weights, on another set of photographs; 25 dB is a blur."""
-    images = photographs()
+@pytest.mark.parametrize(("side", "count", "documented"), [(64, 48, 25.7), (128, 16, 27.7)])
+def test_taef2_reconstructs_photographs(side: int, count: int, documented: float) -> None:
+    """To the signal-to-noise ratio in dB that is documented for these weights, on another set of photographs.
+
+    All 111 of this set: 25.5 at 64 pixels, 28.2 at 128. (Not on every set: tiny-imagenet's JPEG files reach 22.7.)
+    """
+    images = photographs(side, count)
     taef2 = make_autoencoder(AutoencoderConfig(kind="taef2", weights=str(TAEF2)))
     z = taef2.encode(images)
-    assert z.shape == (8, 32, 32, 32) and 0.6 < z.std() < 1.2
+    assert tuple(z.shape) == (len(images), 32, side // 8, side // 8) and 0.75 < z.std() < 1.0
     error = (taef2.decode(z) - torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 + 1).square().mean((1, 2, 3)) / 4
-    psnr = (-10 * error.log10()).mean().item()
-    assert psnr == pytest.approx(28.8, abs=1.5)
+    assert (-10 * error.log10()).mean().item() == pytest.approx(documented, abs=0.8)
 
 
 def test_kl_is_diffusers_own(folder: Path) -> None:
@@ -162,3 +170,62 @@ def test_other_shapes_and_damage_are_refused(tmp_path: Path) -> None:
         save_file({"0.weight": torch.zeros(1)}, tmp_path / f"taef2_{part}.safetensors")
     with pytest.raises(IntegrityError, match="taef2"):
         make_autoencoder(AutoencoderConfig(kind="taef2", weights=str(tmp_path)))
+
+
+def test_a_damaged_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Weights that are cut off are an integrity error with the folder's name."""
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    weights = damaged / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(IntegrityError, match="damaged"):
+        make_autoencoder(AutoencoderConfig(kind="kl", weights=str(damaged)))
+
+
+def test_without_diffusers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package is needed for kl only, and the error says how to get it."""
+    monkeypatch.setitem(sys.modules, "diffusers.models.autoencoders.autoencoder_kl", None)
+    with pytest.raises(EnvironmentFault, match=r"pip install 'nestdiff\[vae\]'"):
+        make_autoencoder(AutoencoderConfig(kind="kl", weights="random"))
+    make_autoencoder(AutoencoderConfig(kind="taef2", weights="random"))
+
+
+def test_half_precision_files_run_in_single(folder: Path, tmp_path: Path) -> None:
+    """A folder saved in float16 gives a float32 network."""
+    from diffusers import AutoencoderKL
+
+    AutoencoderKL.from_pretrained(folder).half().save_pretrained(tmp_path)
+    kl = make_autoencoder(AutoencoderConfig(kind="kl", weights=str(tmp_path)))
+    assert {p.dtype for p in kl.network.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [("hub:a/b", ("a/b", None)), ("hub:a/b/vae", ("a/b", "vae")), ("hub:a/b/c/d", ("a/b", "c/d"))],
+)
+def test_names_on_the_hub(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, weights: str, expected: tuple[str, str | None]
+) -> None:
+    """Behind owner and name stands a folder of the repository (Stable Diffusion's is `vae`)."""
+    from diffusers import AutoencoderKL
+
+    own, asked = AutoencoderKL.from_pretrained(folder), []
+
+    def fetch(name: str, *, subfolder: str | None, **_: object) -> AutoencoderKL:
+        asked.append((name, subfolder))
+        return own
+
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", fetch)
+    make_autoencoder(AutoencoderConfig(kind="kl", weights=weights))
+    assert asked == [expected]
+
+
+@pytest.mark.parametrize("kind", ["identity", "kl", "taef2"])
+def test_a_network_of_the_same_shape(kind: str, folder: Path) -> None:
+    """From `shape`, which is plain data, a network is made that takes the weights."""
+    config = AutoencoderConfig(kind=kind, weights=str(folder) if kind == "kl" else "random")  # pyright: ignore[reportArgumentType]
+    made = make_autoencoder(config)
+    shape = json.loads(json.dumps(made.shape))
+    again = make_autoencoder(dataclasses.replace(config, weights="random"), shape=shape)
+    again.network.load_state_dict(made.network.state_dict())
+    images = pictures()
+    torch.testing.assert_close(again.encode(images), made.encode(images))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +12,6 @@ import torch
 
 from nestdiff_core.artifacts import writing
 from nestdiff_core.config import EncoderConfig, ImagesConfig, MoCoConfig, ViTConfig
-from nestdiff_core.encoders import build_encoder, load_encoder
-from nestdiff_core.encoders.extract import extract_features
 from nestdiff_core.encoders.moco import (
     augment,
     contrastive_loss,
@@ -159,26 +156,3 @@ def test_diverged_training_is_refused(index: ImageIndex) -> None:
     config = dataclasses.replace(CONFIG, moco=dataclasses.replace(MOCO, lr=1e30, warmup_steps=0))
     with pytest.raises(NumericsError, match="not finite at step"):
         train_moco(config, training_batches(index, 64, 0), (0.3,), (0.4,))
-
-
-@pytest.mark.parametrize("kind", ["moco", "timm"])
-def test_encoder_comes_back_from_its_artifact(index: ImageIndex, tmp_path: Path, kind: str) -> None:
-    """A loaded encoder gives the features of the one that was built; kNN of three kinds stands in the manifest."""
-    timm = EncoderConfig(kind="timm", name="test_vit", weights="random", input_size=32)
-    config = dataclasses.replace(CONFIG, moco=dataclasses.replace(MOCO, num_steps=3)) if kind == "moco" else timm
-    header = {"stage": "encoder", "level": None, "fingerprint": "0", "config": {}, "inputs": [], "experiment": "test"}
-    found = []
-    for name in "ab":
-        with writing(tmp_path / name, header) as writer:
-            artifact = writer.seal(**build_encoder(config, index, writer))
-        encoder = load_encoder(artifact)
-        found.append((artifact.digest, *extract_features(encoder, index.read_shard(0), 32, "float16")))
-    assert found[0][0] == found[1][0] == artifact.digest
-    np.testing.assert_array_equal(found[0][1], found[1][1])
-    knn = artifact.info["knn"]
-    assert knn["pixels"] > 0.5 and set(knn) == {"k", "num_train", "num_held_out", "pixels", "encoder", "untrained"}
-    assert list(found[0][1].shape[2:]) == artifact.info["map"] and not encoder.training
-    assert not any(p.requires_grad for p in encoder.parameters())
-    if kind == "moco":
-        trained, _ = train_moco(config, training_batches(index, 64, 0), *pixel_statistics(index))
-        np.testing.assert_array_equal(extract_features(trained, index.read_shard(0), 32, "float16")[0], found[0][1])

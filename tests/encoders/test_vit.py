@@ -13,11 +13,10 @@ import torch
 from PIL import Image
 
 from nestdiff_core.config import EncoderConfig, ViTConfig
-from nestdiff_core.encoders.base import feature_shapes, unit_range
-from nestdiff_core.encoders.extract import extract_features
+from nestdiff_core.encoders.base import feature_shapes, normalisation, unit_range
 from nestdiff_core.encoders.moco import untrained
 from nestdiff_core.encoders.vit import ViTEncoder, load_weights, timm_encoder, timm_network
-from nestdiff_core.errors import ConfigError, IntegrityError, NumericsError
+from nestdiff_core.errors import ConfigError, IntegrityError
 
 TIMM = EncoderConfig(kind="timm", name="vit_tiny_patch16_224", weights="random", input_size=32)
 SMALL = EncoderConfig(kind="moco", input_size=8, vit=ViTConfig(patch_size=2, width=16, depth=2, num_heads=2))
@@ -80,27 +79,6 @@ def test_other_transformers_of_timm(name: str) -> None:
     assert features.shape[2:] == (2, 2) and vector.shape[1] == encoder.vector_channels
     x = torch.zeros(1, 3, config.input_size, config.input_size)
     torch.testing.assert_close(encoder(x)[1], encoder.network(x))
-
-
-def test_extraction_does_not_depend_on_the_company(encoder: ViTEncoder) -> None:
-    """Features of an image have the same bits in a full batch and in a padded tail."""
-    x = images(11)
-    whole = extract_features(encoder, x, 4, "float32")
-    for start, stop in ((0, 1), (4, 11), (8, 10)):
-        part = extract_features(encoder, x[start:stop], 4, "float32")
-        for found, expected in zip(part, whole, strict=True):
-            np.testing.assert_array_equal(found, expected[start:stop])
-    torch.testing.assert_close(torch.from_numpy(whole[1][:, 0]), encoder.encode(x)[1])
-
-
-@pytest.mark.parametrize(("value", "dtype"), [(1e6, "float16"), (float("nan"), "float32"), (float("inf"), "float32")])
-def test_unusable_features_are_refused(encoder: ViTEncoder, value: float, dtype: str) -> None:
-    """Overflow and non-finite values end the stage with the row and the channel."""
-    with torch.no_grad():
-        encoder.network.norm.bias[5] = value
-    with pytest.raises(NumericsError, match="not finite as") as caught:
-        extract_features(encoder, images(3), 2, dtype, first_row=100)
-    assert caught.value.key == "row 100, channel 5"
 
 
 # --- weight files -------------------------------------------------------------------------------------------------
@@ -192,6 +170,16 @@ def test_a_wrong_name_is_told(name: str, message: str) -> None:
     """A misspelt name brings the near ones; a network without a square token grid is no encoder here."""
     with pytest.raises(ConfigError, match=message):
         timm_network(dataclasses.replace(TIMM, name=name))
+
+
+def test_the_experiments_own_normalisation() -> None:
+    """A lone number serves all channels; two numbers fit no image."""
+    config = dataclasses.replace(TIMM, mean=(0.25,), std=(0.1, 0.2, 0.3))
+    encoder = timm_encoder(config, timm_network(config))
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(encoder.normalise(x)[0, 2], (x[0, 2] - 0.25) / 0.3)
+    with pytest.raises(ConfigError, match=r"encoder\.mean"):
+        normalisation(dataclasses.replace(TIMM, mean=(1.0, 2.0, 3.0)), (0.5,), (0.5,))
 
 
 def test_missing_file_is_a_config_error() -> None:
