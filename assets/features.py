@@ -4,12 +4,17 @@ from collections.abc import Callable
 from typing import Any
 
 import dagster as dg
+from dagster._core.definitions.data_version import (
+    CODE_VERSION_TAG,
+    DATA_VERSION_IS_USER_PROVIDED_TAG,
+    DATA_VERSION_TAG,
+)
 
 from assets.config import POOL, asset_spec, log_progress, refusals, runtime_config
 from assets.images import shard_partitions
 from assets.report import result
 from assets.resources import ArtifactRoot
-from nestdiff_core.artifacts import Artifact
+from nestdiff_core.artifacts import Artifact, fingerprint
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.experiment import Experiment, Ref
 
@@ -101,13 +106,24 @@ def _by_shard(experiment: ExperimentConfig, ref: Ref, what: str, encode: Callabl
                 device=choose_device(config.device),
                 progress=log_progress(context),
             )
-        rows = {name: record["rows"] for name, record in records.items()}
-        if artifact is None or asked is not None:
+        if asked is not None:
+            version = records[asked[0]]["digest"] if len(asked) == 1 else fingerprint(records)
             return dg.MaterializeResult(
-                asset_key=spec.key, metadata={"rows": sum(rows.values()), "complete": artifact is not None}
+                asset_key=spec.key,
+                data_version=dg.DataVersion(version),
+                metadata={"rows": sum(r["rows"] for r in records.values()), "complete": artifact is not None},
             )
+        assert artifact is not None  # every shard was asked for
         for name, record in records.items():
-            context.log_event(dg.AssetMaterialization(spec.key, partition=name, metadata={"rows": record["rows"]}))
+            versions = {DATA_VERSION_TAG: record["digest"], DATA_VERSION_IS_USER_PROVIDED_TAG: "true"}
+            context.log_event(
+                dg.AssetMaterialization(
+                    spec.key,
+                    partition=name,
+                    metadata={"rows": record["rows"]},
+                    tags={**versions, CODE_VERSION_TAG: str(spec.code_version)},
+                )
+            )
         shapes = {name: str(shape) for name, shape in artifact.info["arrays"].items()}
         return result(artifact, spec.key, rows=artifact.info["rows"], **shapes)
 

@@ -35,7 +35,10 @@ def build(experiment: ExperimentConfig) -> dg.AssetsDefinition:
             artifact = stages.images(artifacts.experiment(experiment), progress=log_progress(context))
             index = ImageIndex(artifact)
             first = index.read_shard(0)
-        context.instance.add_dynamic_partitions(shard_partitions(experiment), [shard.name for shard in index.shards])
+        partitions, shards = shard_partitions(experiment), [shard.name for shard in index.shards]
+        for gone in set(context.instance.get_dynamic_partitions(partitions)) - set(shards):
+            context.instance.delete_dynamic_partition(partitions, gone)
+        context.instance.add_dynamic_partitions(partitions, shards)
         return result(
             artifact,
             spec.key,

@@ -31,11 +31,12 @@ from typing import Any
 
 from nestdiff_core.errors import EnvironmentFault, IntegrityError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 PARTS = "_parts"
 TEMPORARY = ".tmp-"
 LOCK = ".lock"
+SELF = "sha256_of_this"
 
 
 # --- hashes -------------------------------------------------------------------------------------------------------
@@ -132,6 +133,27 @@ def read_json(path: Path, *, stage: str | None = None) -> Any:
             path=path,
             fix=f"Remove {path.parent} and materialise its stage again.",
         ) from None
+
+
+def write_sealed_json(path: Path, record: dict[str, Any]) -> None:
+    """JSON that carries the hash of itself, for what no manifest can vouch for."""
+    write_json(path, {**record, SELF: fingerprint(json.loads(json.dumps(record, allow_nan=True)))})
+
+
+def read_sealed_json(path: Path, *, stage: str | None = None) -> dict[str, Any]:
+    """What `write_sealed_json` wrote; an edited one is an IntegrityError."""
+    record = read_json(path, stage=stage)
+    found = record.pop(SELF, None) if isinstance(record, dict) else None
+    if found is None or found != fingerprint(record):
+        raise IntegrityError(
+            f"{path.name} is not what was written",
+            stage=stage,
+            path=path,
+            expected=found,
+            found=fingerprint(record),
+            fix=f"Remove {path.parent} and materialise its stage again.",
+        )
+    return record
 
 
 @contextlib.contextmanager
@@ -236,7 +258,8 @@ class Artifact:
     def verify(self) -> int:
         """Compare every file with the manifest: the bytes read, or an IntegrityError at the first difference."""
         total = 0
-        for name, record in self.manifest["files"].items():
+        beside = {name: record for name, record in self.manifest["beside"].items() if record is not None}
+        for name, record in (self.manifest["files"] | beside).items():
             total += check_file(self.path / name, record, stage=self.stage, level=self.level)
         return total
 
@@ -278,17 +301,29 @@ def is_sealed(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def open_artifact(path: Path, *, stage: str) -> Artifact:
-    """The sealed artifact at `path`, or an IntegrityError."""
-    manifest = read_json(path / MANIFEST, stage=stage)
-    if manifest.get("schema_version") != SCHEMA_VERSION:
+def open_artifact(path: Path, *, stage: str, expected: str | None = None) -> Artifact:
+    """The sealed artifact at `path`, or an IntegrityError; `expected` is the fingerprint that it must have."""
+    version = read_json(path / MANIFEST, stage=stage).get("schema_version")
+    if version != SCHEMA_VERSION:  # asked first: another version may vouch for itself in another way
         raise IntegrityError(
             "The artifact was written by another version of nestdiff",
             stage=stage,
             path=path,
             expected=SCHEMA_VERSION,
-            found=manifest.get("schema_version"),
+            found=version,
             fix="Materialise its stage again.",
+        )
+    manifest = read_sealed_json(path / MANIFEST, stage=stage)
+    if expected is not None and manifest["fingerprint"] != expected:
+        raise IntegrityError(
+            "The artifact was made from something else than its place says",
+            stage=stage,
+            level=manifest["level"],
+            path=path,
+            key="fingerprint",
+            expected=expected,
+            found=manifest["fingerprint"],
+            fix=f"Remove {path} and materialise its stage again.",
         )
     return Artifact(path, manifest)
 
@@ -328,7 +363,7 @@ class ArtifactWriter:
     def seal(self, *, beside: tuple[str, ...] = (), **info: Any) -> Artifact:
         """Hash what was written and write the manifest: from here on the artifact exists.
 
-        `beside` names folders that are kept there but are not part of the artifact (a denoiser's checkpoints).
+        `beside` names what is kept there but is not part of the artifact's identity (a denoiser's checkpoints).
         """
         with environment_faults(self.path):
             self._remove_temporaries()
@@ -340,8 +375,10 @@ class ArtifactWriter:
                 files[relative] = file_record(path)
         digest = fingerprint({name: record["sha256"] for name, record in files.items()})
         manifest = {**self.header, "digest": digest, "code_version": code_version(), "files": files, "info": info}
-        manifest["beside"] = list(beside)
-        write_json(self.path / MANIFEST, manifest)
+        manifest["beside"] = {
+            name: file_record(self.path / name) if (self.path / name).is_file() else None for name in beside
+        }
+        write_sealed_json(self.path / MANIFEST, manifest)
         return Artifact(self.path, manifest)
 
     def _remove_temporaries(self) -> None:

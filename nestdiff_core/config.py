@@ -75,6 +75,8 @@ class ViTConfig:
     num_heads: int = knob(6, "Attention heads.")
 
     def __post_init__(self) -> None:
+        for name in ("patch_size", "width", "depth", "num_heads"):
+            _require(getattr(self, name) >= 1, f"encoder.vit.{name}", ">= 1", getattr(self, name))
         _require(
             self.width % self.num_heads == 0,
             "encoder.vit.width",
@@ -222,6 +224,8 @@ class UViTConfig:
     )
 
     def __post_init__(self) -> None:
+        for name in ("width", "num_heads", "mlp_ratio"):
+            _require(getattr(self, name) > 0, f"levels.model.{name}", "> 0", getattr(self, name))
         _require(self.depth >= 2 and self.depth % 2 == 0, "levels.model.depth", "an even number >= 2", self.depth)
         _require(
             self.width % self.num_heads == 0,
@@ -260,7 +264,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "log_every", "checkpoint_every", "keep_last"):
             _require(getattr(self, name) >= 1, f"levels.train.{name}", ">= 1", getattr(self, name))
-        _require(self.seed >= 0, "levels.train.seed", ">= 0", self.seed)
+        for name in ("seed", "warmup_steps", "weight_decay", "grad_clip"):
+            _require(getattr(self, name) >= 0, f"levels.train.{name}", ">= 0", getattr(self, name))
+        _require(0.0 < self.lr < float("inf"), "levels.train.lr", "a positive number", self.lr)
+        for name in ("beta1", "beta2"):
+            _require(0.0 <= getattr(self, name) < 1.0, f"levels.train.{name}", "in [0, 1)", getattr(self, name))
         for name in ("ema_decay", "condition_drop"):
             _require(0.0 <= getattr(self, name) <= 1.0, f"levels.train.{name}", "in [0, 1]", getattr(self, name))
 
@@ -409,6 +417,7 @@ class EvaluationConfig:
     probe: bool = knob(False, "Judge the samples with a classifier trained on the real labelled images.")
 
     def __post_init__(self) -> None:
+        _require(self.num_neighbours >= 1, "evaluation.num_neighbours", ">= 1", self.num_neighbours)
         known = ("encoder", "pixels", "inception")
         for name in self.extractors:
             _require(name in known, "evaluation.extractors", f"each one of {known}", name)
@@ -483,6 +492,7 @@ class ExperimentConfig:
         )
         for level in self.levels:
             self._check_level(level)
+            self._check_guidance(level)
         down = 1 if self.autoencoder.kind == "identity" else 8
         _require(
             down == 1 or self.autoencoder.channels == self.images.channels,
@@ -509,6 +519,26 @@ class ExperimentConfig:
                 "images.labels: true and evaluation.reference: train when the probe is on",
                 {"images.labels": self.images.labels, "evaluation.reference": self.evaluation.reference},
             )
+
+    def _check_guidance(self, level: LevelConfig) -> None:
+        """What guidance contrasts with must have been seen in training."""
+        told = self.conditioning.labels != "none" or bool(self.levels_above(level.level))
+        _require(
+            not level.guidance or not told or level.train.condition_drop > 0,
+            "levels.train.condition_drop",
+            "> 0 where levels.guidance is on, which contrasts with a network that was told nothing",
+            level.train.condition_drop,
+            level=level.level,
+        )
+        _require(
+            self.sampling.null_branch == "all"
+            or self.conditioning.labels == "none"
+            or self.conditioning.drop == "each",
+            "sampling.null_branch",
+            "all, unless conditioning.drop is `each`: a label without its conditions is never trained otherwise",
+            self.sampling.null_branch,
+            level=level.level,
+        )
 
     def _check_level(self, level: LevelConfig) -> None:
         channels, grid = self.latent_shape(level.level)[:2]
@@ -540,6 +570,13 @@ class ExperimentConfig:
             return
         if level.level > 2:
             below = self.levels[level.level - 2]
+            _require(
+                (level.grid, level.channels, level.source) != (below.grid, below.channels, below.source),
+                "levels.grid",
+                f"another grid, channels or source than level {below.level}, of which it is a copy",
+                grid,
+                level=level.level,
+            )
             _require(
                 grid <= below.grid,
                 "levels.grid",
@@ -580,6 +617,13 @@ class ExperimentConfig:
             "search.level",
             f"a level that conditions others, 2 to {self.num_levels}",
             self.search.level,
+        )
+        _require(
+            any(self.search.metric.endswith(f"_{name}") for name in self.evaluation.extractors)
+            or ("inception" in self.evaluation.extractors and self.search.metric in ("fid", "kid")),
+            "search.metric",
+            f"a number of one of {self.evaluation.extractors}, such as fd_{self.evaluation.extractors[0]}",
+            self.search.metric,
         )
 
     @property

@@ -13,9 +13,11 @@ from nestdiff_core.errors import ConfigError, EnvironmentFault
 
 
 def choose_device(name: str) -> str:
-    """`auto` becomes cuda (this process's own, under torchrun) or cpu; anything else is checked."""
+    """`auto` is the GPU if there is one, else cpu; `cuda` is this process's own under torchrun. All are checked."""
     if name == "auto":
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -43,7 +45,11 @@ def process_group(device: str) -> Iterator[int]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield 0
         return
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=torch.device(device))
+    else:
+        dist.init_process_group("gloo")
     try:
         yield dist.get_rank()
     finally:

@@ -34,6 +34,9 @@ class Ref(NamedTuple):
         return self.stage if self.level is None else f"{self.stage} of level {self.level}"
 
 
+Known = dict[Ref, Artifact]
+
+
 @dataclass(frozen=True)
 class Stage:
     """What a stage reads: the part of the configuration, and the artifacts (see module docstring)."""
@@ -206,17 +209,17 @@ class Experiment:
         """
         return fingerprint([ref.stage, self.stage_config(ref), [self.config_hash(i) for i in self.inputs(ref)]])
 
-    def header(self, ref: Ref) -> dict[str, Any]:
+    def header(self, ref: Ref, *, _known: Known | None = None) -> dict[str, Any]:
         """What the artifact's manifest begins with: stage, level, fingerprint, config, inputs.
 
         Raises IntegrityError when an input has not been made.
         """
-        stage, config = STAGES[ref.stage], self.stage_config(ref)
+        stage, config, known = STAGES[ref.stage], self.stage_config(ref), {} if _known is None else _known
         inputs = []
         for i in self.inputs(ref):
-            artifact = self.artifact(i)
-            identity = artifact.fingerprint if stage.grows(self.config) and i.stage == "images" else artifact.digest
-            inputs.append({"stage": i.stage, "identity": identity})
+            artifact = self.artifact(i, _known=known)
+            grows = stage.grows(self.config) and i.stage == "images"
+            inputs.append({"stage": i.stage, "identity": artifact.fingerprint if grows else artifact.digest})
         name = fingerprint({"schema_version": SCHEMA_VERSION, "stage": ref.stage, "config": config, "inputs": inputs})
         return {
             "stage": ref.stage,
@@ -237,13 +240,17 @@ class Experiment:
             path = self.path(ref)
         except IntegrityError:
             return None
-        return open_artifact(path, stage=ref.stage) if is_sealed(path) else None
+        return open_artifact(path, stage=ref.stage, expected=path.name) if is_sealed(path) else None
 
-    def artifact(self, ref: Ref) -> Artifact:
+    def artifact(self, ref: Ref, *, _known: Known | None = None) -> Artifact:
         """The sealed artifact; else an IntegrityError: what is missing, what differs from the nearest one, the cure."""
-        path = self.path(ref)
+        known = {} if _known is None else _known  # within one question every manifest is read once
+        if ref in known:
+            return known[ref]
+        path = self.root / ref.stage / self.header(ref, _known=known)["fingerprint"]
         if is_sealed(path):
-            return open_artifact(path, stage=ref.stage)
+            known[ref] = open_artifact(path, stage=ref.stage, expected=path.name)
+            return known[ref]
         job = STAGES[ref.stage].job.format(level=ref.level)
         expected, found = self._nearest(ref, path)
         raise IntegrityError(

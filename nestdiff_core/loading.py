@@ -15,6 +15,7 @@ from torch import Tensor
 from nestdiff_core.autoencoders import Autoencoder, make_autoencoder
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.diffusion.cascade import sample_cascade
+from nestdiff_core.encoders.weights import weights_digest
 from nestdiff_core.errors import IntegrityError
 from nestdiff_core.evaluation.samples import to_uint8
 from nestdiff_core.experiment import Experiment, Ref
@@ -27,6 +28,7 @@ from nestdiff_core.training.data import LatentBatches
 
 FEATURES = Ref("features")
 STORE = "store.zarr"
+LATENT = "z"  # the array of a latent store, whose level is another one in another experiment
 TOKENS, EMPTY_CAPTION = "tokens", "empty_caption.safetensors"
 BASIS = "basis.safetensors"
 EMA = "ema.safetensors"
@@ -105,10 +107,23 @@ def open_basis(x: Experiment, level: int) -> Basis:
 
 
 def open_latents(x: Experiment, level: int) -> StoreReader:
-    return StoreReader(x.artifact(Ref("latents", level)).path / STORE, f"z_{level}")
+    return StoreReader(x.artifact(Ref("latents", level)).path / STORE, LATENT)
 
 
 def open_autoencoder(x: Experiment, *, device: str = "cpu") -> Autoencoder:
+    """The experiment's autoencoder, with the weights that z_1 was made with."""
+    found, made = weights_digest(x.config.autoencoder.weights), x.artifact(Ref("latents", 1))
+    if found != made.info["weights_source"]:
+        raise IntegrityError(
+            "The autoencoder's weights are others than z_1 was made with",
+            stage="latents",
+            level=1,
+            path=x.config.autoencoder.weights,
+            key="autoencoder.weights",
+            expected=made.info["weights_source"],
+            found=found,
+            fix="Put the weights back, or materialise `latents` of level 1 again and train it anew.",
+        )
     return make_autoencoder(x.config.autoencoder, device=device)
 
 

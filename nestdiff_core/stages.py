@@ -19,10 +19,9 @@ import torch
 from safetensors.torch import save_file
 
 from nestdiff_core import loading
-from nestdiff_core.artifacts import Artifact, ArtifactWriter, is_sealed, open_artifact, write_json, writing
-from nestdiff_core.autoencoders import Autoencoder
+from nestdiff_core.artifacts import Artifact, ArtifactWriter, fingerprint, is_sealed, open_artifact, write_json, writing
+from nestdiff_core.autoencoders import Autoencoder, make_autoencoder
 from nestdiff_core.config import LevelConfig
-from nestdiff_core.config_io import to_dict
 from nestdiff_core.encoders import (
     build_encoder,
     encode_captions,
@@ -32,6 +31,7 @@ from nestdiff_core.encoders import (
     load_encoder,
 )
 from nestdiff_core.encoders.text import build_text_tower
+from nestdiff_core.encoders.weights import weights_digest
 from nestdiff_core.errors import ConfigError, InputError, IntegrityError
 from nestdiff_core.evaluation.card import SampleOrigin
 from nestdiff_core.evaluation.report import evaluate
@@ -50,6 +50,7 @@ from nestdiff_core.training.loop import Trainer, stop_on_signals
 logger = logging.getLogger("nestdiff")
 
 CHECKPOINTS = "checkpoints"
+STATISTICS_BYTES = 2**28  # float64 numbers of latents that are held at once
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -70,9 +71,11 @@ def images(x: Experiment, *, progress: Progress = silent) -> Artifact:
 
 def encoder(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -> Artifact:
     """Pre-train or load the frozen encoder and measure it (kNN accuracy where there are labels)."""
-    ref = Ref("encoder")
-    if (made := _reuse(x, ref)) is not None:
-        return made
+    ref, weights = Ref("encoder"), weights_digest(x.config.encoder.weights)
+    if x.config.encoder.kind == "autoencoder":
+        weights = weights_digest(x.config.autoencoder.weights)
+    if (sealed := _reuse(x, ref, weights=weights)) is not None:
+        return sealed
     index = loading.open_index(x)
     with writing(x.path(ref), x.header(ref)) as writer:
         made = build_encoder(
@@ -81,7 +84,7 @@ def encoder(x: Experiment, *, device: str = "cpu", progress: Progress = silent) 
         for level in x.config.levels[1:]:
             shape = made["map"] if level.source == "pooled" else (*made["vector"], level.grid)
             _require_features(level, "encoder", channels=shape[0], side=shape[1])
-        return writer.seal(**made)
+        return writer.seal(weights_source=weights, **made)
 
 
 def _require_features(level: LevelConfig, stage: str, *, channels: int, side: int) -> None:
@@ -176,7 +179,7 @@ def text(
 
         return {loading.TOKENS: (count, config.length, config.width)}, encode
 
-    return _by_shard(x, Ref("text"), start, shards, progress)
+    return _by_shard(x, Ref("text"), start, shards, progress, weights=weights_digest(config.weights))
 
 
 _Shapes = dict[str, tuple[int, ...]]
@@ -189,6 +192,8 @@ def _by_shard(
     start: Callable[[Path], tuple[_Shapes, _EncodeShard]],
     shards: Sequence[str] | None,
     progress: Progress,
+    *,
+    weights: str | None = None,
 ) -> tuple[Artifact | None, dict[str, dict[str, Any]]]:
     """Fill a store shard by shard, each committed by itself; see `features`.
 
@@ -208,7 +213,7 @@ def _by_shard(
             fix="Materialise `images` again if the source has grown.",
         )
     digest = x.artifact(Ref("images")).digest
-    if (made := _reuse(x, ref)) is not None and made.info["images"] == digest:
+    if (made := _reuse(x, ref, weights=weights)) is not None and made.info["images"] == digest:
         return made, {name: made.info["parts"][name] for name in asked}
     with writing(x.path(ref), x.header(ref), keep_parts=True) as writer:
         shapes, encode = start(writer.path)
@@ -219,32 +224,33 @@ def _by_shard(
         create_store(store, shapes, config.dtype, counts, config.chunk_rows, attributes)
         for done, name in enumerate(asked):
             k = names.index(name)
-            record, source = writer.part(name), index.shards[k].sha256
+            record, source = writer.part(name), [index.shards[k].sha256, weights]
             if record is None or record["source"] != source:
                 files = write_shard(store, k, encode(index, k))
                 writer.commit_part(name, files, rows=counts[k], source=source)
             progress(done + 1, len(asked), ref.stage)
         parts = {
-            shard.name: {"rows": shard.count}
+            shard.name: {"rows": shard.count, "digest": fingerprint(part["files"])}
             for shard in index.shards
-            if (part := writer.part(shard.name)) is not None and part["source"] == shard.sha256
+            if (part := writer.part(shard.name)) is not None and part["source"] == [shard.sha256, weights]
         }
         records = {name: parts[name] for name in asked}
         if len(parts) < len(names):
             return None, records
-        return writer.seal(images=digest, rows=index.num_images, parts=parts, arrays=shapes), records
+        info = {"images": digest, "rows": index.num_images, "parts": parts, "arrays": shapes}
+        return writer.seal(weights_source=weights, **info), records
 
 
 def _captions(index: ImageIndex, shard: int) -> list[list[str]]:
-    first = index.shards[shard].first_row
-    captions = index.captions[first : first + index.shards[shard].count]
-    bare = [index.keys[first + i] for i, several in enumerate(captions) if not several]
+    rows = index.shards[shard].rows
+    captions = index.captions(rows)
+    bare = [i for i, several in enumerate(captions) if not several]
     if bare:
         raise InputError(
             f"{len(bare)} images have no caption",
             stage="text",
             path=index.shards[shard].path,
-            key=bare[0],
+            key=index.keys[rows][bare[0]],
             fix="Add a .txt (or .json with `captions`) member for each, or set conditioning.labels to none.",
         )
     return captions
@@ -297,12 +303,17 @@ def latents(
 ) -> dict[int, Artifact]:
     """Materialise z_l (N, views, C, H, W) of the given levels (default: all); one read of a store serves its levels."""
     levels = range(1, x.config.num_levels + 1) if levels is None else levels
-    made = {level: artifact for level in levels if (artifact := _reuse(x, Ref("latents", level))) is not None}
+    weights = weights_digest(x.config.autoencoder.weights)
+    made = {
+        level: artifact
+        for level in levels
+        if (artifact := _reuse(x, Ref("latents", level), weights=weights if level == 1 else None)) is not None
+    }
     todo = [level for level in levels if level not in made]
     if not todo:
         return made
     index, config = loading.open_index(x), x.config.features
-    autoencoder, views = loading.open_autoencoder(x, device=device), 1 + config.flip
+    autoencoder, views = make_autoencoder(x.config.autoencoder, device=device), 1 + config.flip
     level_bases = {level: loading.open_basis(x, level) for level in todo if level > 1}
     readers = {level: loading.open_level_features(x, level) for level in level_bases}
     with contextlib.ExitStack() as stack:
@@ -312,14 +323,19 @@ def latents(
             writer = writers[level] = stack.enter_context(writing(x.path(ref), x.header(ref), keep_parts=True))
             create_store(
                 writer.path / loading.STORE,
-                {f"z_{level}": (views, *x.config.latent_shape(level))},
+                {loading.LATENT: (views, *x.config.latent_shape(level))},
                 config.dtype,
                 [shard.count for shard in index.shards],
                 config.chunk_rows,
                 {"fingerprint": writer.header["fingerprint"]},
             )
         for k, shard in enumerate(index.shards):
-            missing = [level for level in todo if writers[level].part(shard.name) is None]
+            sources = {level: weights if level == 1 else None for level in todo}
+            missing = [
+                level
+                for level in todo
+                if (part := writers[level].part(shard.name)) is None or part["source"] != sources[level]
+            ]
             z: dict[int, np.ndarray] = {}
             if 1 in missing:
                 z[1] = _codes(autoencoder, index, k, views)
@@ -333,14 +349,18 @@ def latents(
                 encoded = encode_levels(maps.reshape(-1, *maps.shape[2:]), wanted)
                 z |= {level: z_l.reshape(-1, views, *z_l.shape[1:]) for level, z_l in encoded.items()}
             for level, z_l in z.items():
-                files = write_shard(writers[level].path / loading.STORE, k, {f"z_{level}": z_l})
-                writers[level].commit_part(shard.name, files, rows=shard.count)
+                files = write_shard(writers[level].path / loading.STORE, k, {loading.LATENT: z_l})
+                writers[level].commit_part(shard.name, files, rows=shard.count, source=sources[level])
             progress(k + 1, len(index.shards), "latents")
         for level, writer in writers.items():
-            reader_l = StoreReader(writer.path / loading.STORE, f"z_{level}")
+            reader_l = StoreReader(writer.path / loading.STORE, loading.LATENT)
             mean, std = _channel_statistics(reader_l, index.rows("train"))
             made[level] = writer.seal(
-                rows=index.num_images, shape=x.config.latent_shape(level), mean=mean.tolist(), std=std.tolist()
+                rows=index.num_images,
+                shape=x.config.latent_shape(level),
+                mean=mean.tolist(),
+                std=std.tolist(),
+                weights_source=weights if level == 1 else None,
             )
     return made
 
@@ -355,10 +375,11 @@ def _codes(autoencoder: Autoencoder, index: ImageIndex, k: int, views: int) -> n
     return np.stack(codes, axis=1)
 
 
-def _channel_statistics(reader: StoreReader, rows: np.ndarray, block: int = 4096) -> tuple[np.ndarray, np.ndarray]:
+def _channel_statistics(reader: StoreReader, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation per channel over images, views and positions, in float64, two passes."""
-    blocks = [rows[start : start + block] for start in range(0, len(rows), block)]
     _, views, channels, height, width = reader.shape
+    block = max(1, STATISTICS_BYTES // (8 * views * channels * height * width))
+    blocks = [rows[start : start + block] for start in range(0, len(rows), block)]
     count, mean, variance = len(rows) * views * height * width, np.zeros(channels), np.zeros(channels)
     for b in blocks:
         mean += reader.read(b).sum(axis=(0, 1, 3, 4), dtype=np.float64) / count
@@ -411,9 +432,11 @@ def train(
 
 def _export(x: Experiment, trainer: Trainer, writer: ArtifactWriter) -> Artifact:
     """What everyone else reads: the EMA weights, how to build the network, the history of the run."""
-    shapes = {f"z_{m}": list(shape) for m, shape in trainer.batches.shapes().items()}
+    shapes = [list(shape) for _, shape in sorted(trainer.batches.shapes().items(), reverse=True)]
     save_file({name: value.cpu().contiguous() for name, value in trainer.ema.items()}, writer.path / loading.EMA)
-    write_json(writer.path / "config.json", {**writer.header, "shapes": shapes, "experiment_config": to_dict(x.config)})
+    # Nothing here may depend on what else an experiment says: the denoiser is others' too, by its digest.
+    architecture = {"level_config": writer.header["config"], "shapes": shapes}
+    write_json(writer.path / "config.json", architecture)
     write_json(writer.path / "history.json", trainer.history)
     last = {k: v for k, v in trainer.history[-1].items() if k not in ("step", "images_per_second")}
     return writer.seal(
@@ -484,17 +507,20 @@ def evaluation(x: Experiment, *, device: str = "cpu", progress: Progress = silen
 # --- what is there already ----------------------------------------------------------------------------------------
 
 
-def _reuse(x: Experiment, ref: Ref) -> Artifact | None:
+def _reuse(x: Experiment, ref: Ref, *, weights: str | None = None) -> Artifact | None:
     """The sealed artifact if every file is as its manifest says.
 
-    None when it has to be made (again); its inputs have then been checked, file by file.
+    weights: hash of the file or folder of weights that it is made with; None where there is none, or none any more.
+    Returns None when it has to be made (again); its inputs have then been checked, file by file.
     """
     path = x.path(ref)
     if is_sealed(path):
-        artifact = open_artifact(path, stage=ref.stage)
         try:
+            artifact = open_artifact(path, stage=ref.stage, expected=path.name)
             artifact.verify()
-            return artifact
+            if weights is None or artifact.info.get("weights_source") == weights:
+                return artifact
+            logger.warning("The weights of %s are others than it was made with. It is made again.", ref)
         except IntegrityError as error:
             logger.warning("%s It is made again.", error)
     for needed in x.inputs(ref):

@@ -13,43 +13,47 @@ import dagster as dg
 UNFINISHED = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 
 
-def run_process(instance: dg.DagsterInstance, run_id: str) -> int | None:
-    """The process that executes a run's steps, as its engine events tell; None before it has told."""
+def run_process(instance: dg.DagsterInstance, run_id: str) -> tuple[int, float] | None:
+    """The process that executes a run's steps, and when it said so (seconds since 1970); None before it has."""
     found = None
     for entry in instance.all_logs(run_id, of_type=dg.DagsterEventType.ENGINE_EVENT):
         event = entry.dagster_event
         if event is not None and (pid := event.engine_event_data.metadata.get("pid")) is not None:
-            found = int(str(pid.value))
+            found = int(str(pid.value)), entry.timestamp
     return found
 
 
-def is_dagster(pid: int) -> bool:
-    """Whether a live process of this machine is Dagster's (the number may have gone to another program since)."""
-    try:
-        return b"dagster" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except FileNotFoundError:
-        return not Path("/proc/self").exists() and _is_alive(pid)  # no /proc: not Linux
-
-
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int, at: float) -> bool:
+    """Whether the process that had the number `pid` at a time still lives; the number may be another's since."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    return True
+    began = _began(pid)
+    return began is None or began <= at + 2.0  # the kernel's clock and ours differ by up to a second
+
+
+def _began(pid: int) -> float | None:
+    """When a process began (seconds since 1970), to a hundredth; None where there is no /proc."""
+    try:
+        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        booted = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+    except (OSError, StopIteration):
+        return None
+    return int(booted.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def recover(instance: dg.DagsterInstance) -> list[str]:
     """Mark dead runs as failed and free their slots; returns their ids."""
     dead = []
     for run in instance.get_runs(dg.RunsFilter(statuses=UNFINISHED)):
-        pid = run_process(instance, run.run_id)
-        if pid is None or is_dagster(pid):
+        process = run_process(instance, run.run_id)
+        if process is None or is_alive(*process):
             continue
         instance.report_run_failed(
-            run, f"The process of this run ({pid}) has died. Run it again: finished work is kept."
+            run, f"The process of this run ({process[0]}) has died. Run it again: finished work is kept."
         )
         instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
         dead.append(run.run_id)

@@ -3,31 +3,56 @@
 import hashlib
 
 import dagster as dg
+from dagster._core.definitions.data_version import CODE_VERSION_TAG, DATA_VERSION_TAG
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
 from assets.config import asset_key
 from nestdiff_core.config import ExperimentConfig
-from nestdiff_core.experiment import Ref
+from nestdiff_core.experiment import Experiment
+
+WEIGHTS = "nestdiff/weights"  # tag of a run: the denoisers that it evaluates
+ATTEMPTS = 3
+UNFINISHED = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+]
 
 
 def build_sensors(config: ExperimentConfig, evaluate: UnresolvedAssetJobDefinition) -> list[dg.SensorDefinition]:
-    denoisers = [asset_key(config, Ref("denoiser", level)) for level in range(1, config.num_levels + 1)]
+    x = Experiment(config)
+    denoisers = {ref: asset_key(config, ref) for ref in x.refs() if ref.stage == "denoiser"}
 
     @dg.sensor(
         name="new_denoiser_evaluation",
         job=evaluate,
         minimum_interval_seconds=60,
         default_status=dg.DefaultSensorStatus.STOPPED,
-        description="Evaluates when a denoiser has a new checkpoint and every level has one. Off until switched on.",
+        description=(
+            "Evaluates when a denoiser has new weights, every level has some of this configuration, and nothing is "
+            "being trained; a failed evaluation is tried again twice. Off until switched on."
+        ),
     )
     def new_denoiser_evaluation(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         versions = []
-        for key in denoisers:
+        for ref, key in denoisers.items():
             event = context.instance.get_latest_materialization_event(key)
             if event is None or event.asset_materialization is None:
                 return dg.SkipReason(f"{key.to_user_string()} has not been trained yet")
-            versions.append((event.asset_materialization.tags or {}).get("dagster/data_version", event.run_id))
+            tags = event.asset_materialization.tags or {}
+            if tags.get(CODE_VERSION_TAG) != x.config_hash(ref):
+                return dg.SkipReason(f"{key.to_user_string()} was trained with other settings")
+            versions.append(tags.get(DATA_VERSION_TAG, event.run_id))
+        running = context.instance.get_runs(dg.RunsFilter(statuses=UNFINISHED))
+        if busy := [run.job_name for run in running if run.job_name.startswith(("train_", "quickstart", "search_"))]:
+            return dg.SkipReason(f"{busy[0]} is running")
+        weights = hashlib.sha256(" ".join(versions).encode()).hexdigest()
+        failed = dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], tags={WEIGHTS: weights})
+        attempt = context.instance.get_runs_count(failed) + 1
+        if attempt > ATTEMPTS:
+            return dg.SkipReason(f"The evaluation of these weights has failed {ATTEMPTS} times")
         # A run key is used once, so the same set of weights is evaluated once.
-        return dg.RunRequest(run_key=hashlib.sha256(" ".join(versions).encode()).hexdigest())
+        return dg.RunRequest(run_key=f"{weights}-{attempt}", tags={WEIGHTS: weights})
 
     return [new_denoiser_evaluation]

@@ -49,6 +49,22 @@ def test_every_knob_is_documented() -> None:
         ({"levels": {2: {"patch_size": 3}}}, "levels.patch_size", 2),
         ({"levels": {1: {"patch_size": 8}}}, "levels.patch_size", 1),  # 64 values in 32 channels cannot carry noise
         ({"levels": {1: {"grid": 4}}}, "levels.grid", 1),  # the image is 8x8
+        ({"levels": {1: {"model": {"num_heads": 0}}}}, "levels.model.num_heads", None),
+        ({"levels": {1: {"train": {"lr": -1}}}}, "levels.train.lr", None),
+        ({"levels": {1: {"train": {"beta2": 1.0}}}}, "levels.train.beta2", None),
+        ({"levels": {1: {"train": {"condition_drop": 0.0}}}}, "levels.train.condition_drop", 1),  # it is guided
+        ({"levels": [{}, {"grid": 2, "channels": 4}, {"grid": 2, "channels": 4}]}, "levels.grid", 3),  # a copy
+        ({"levels": {2: {"guidance_interval": [0.9, 0.1]}}}, "levels.guidance_interval", 2),
+        ({"encoder": {"vit": {"patch_size": 0}}}, "encoder.vit.patch_size", None),
+        ({"evaluation": {"num_neighbours": 0}}, "evaluation.num_neighbours", None),
+        (
+            {"autoencoder": {"kind": "taef2", "weights": "w"}, "levels": {1: {"patch_size": 1}}},
+            "autoencoder.channels",
+            None,
+        ),
+        ({"autoencoder": {"kind": "kl", "weights": "w", "channels": 1}}, "levels.patch_size", 1),  # the code is 1x1
+        ({"conditioning": {"labels": "class"}, "sampling": {"null_branch": "conditions"}}, "sampling.null_branch", 1),
+        ({"search": {"level": 2, "metric": "fid"}}, "search.metric", None),
         ({"levels": [{}, {"grid": 1, "channels": 4}, {"grid": 2, "channels": 4}]}, "levels.grid", 3),  # grows upwards
         ({"levels": {3: {"grid": 1}}}, "levels.3", 3),
         ({"images": {"source": "folder"}}, "images.path", None),

@@ -8,12 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
+from safetensors.torch import save_file
 
 from nestdiff_core import loading, stages
 from nestdiff_core.artifacts import read_json
+from nestdiff_core.cli import main
 from nestdiff_core.cli.digest import experiment_digests
-from nestdiff_core.config import EncoderConfig, ImagesConfig
+from nestdiff_core.config import AutoencoderConfig, EncoderConfig, ImagesConfig
 from nestdiff_core.errors import ConfigError, InputError, IntegrityError
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.recipes import toy
@@ -182,3 +187,105 @@ def test_a_level_that_the_encoder_cannot_serve_is_refused_at_the_encoder(tmp_pat
     with pytest.raises(ConfigError, match="found 3") as refusal:
         stages.encoder(x)
     assert (refusal.value.level, refusal.value.key, refusal.value.expected) == (2, "levels.grid", "at most 2")
+
+
+def test_a_latent_is_shared_under_another_number(made: Experiment) -> None:
+    """With a level inserted below, level 3 is the toy's level 2: its latents and denoiser are found and read."""
+    levels = (made.config.level(1), replace(made.config.level(2), grid=4), replace(made.config.level(2), level=3))
+    deeper = Experiment(replace(made.config, levels=levels), made.root)
+    stages.bases(deeper)
+    stages.latents(deeper)
+    assert deeper.path(Ref("latents", 3)) == made.path(Ref("latents", 2))
+    assert deeper.path(Ref("denoiser", 3)) == made.path(Ref("denoiser", 2))
+    batches = loading.latent_batches(deeper, 1)
+    rows = np.arange(3)
+    np.testing.assert_array_equal(batches.readers[3].read(rows), loading.open_latents(made, 2).read(rows))
+    stages.train(deeper, 2)
+    stages.train(deeper, 1)
+    assert deeper.artifact(Ref("denoiser", 1)).info["step"] == 20
+
+
+def test_a_denoisers_digest_depends_on_itself_alone(made: Experiment, tmp_path: Path) -> None:
+    """The same denoiser, trained from an experiment with another name and other sampling, is the same artifact."""
+    other = Experiment(
+        replace(made.config, name="other", sampling=replace(made.config.sampling, seed=3)), tmp_path / "b"
+    )
+    for stage in ("images", "encoder", "features", "moments", "svd_basis", "latents"):
+        shutil.copytree(made.root / stage, other.root / stage)
+    stages.train(other, 2)
+    assert other.artifact(Ref("denoiser", 2)).digest == made.artifact(Ref("denoiser", 2)).digest
+
+
+def test_replaced_weights_are_noticed(tmp_path: Path) -> None:
+    """Other weights at the same path give another encoder; the same ones, or none any more, leave it."""
+    weights = tmp_path / "vit.safetensors"
+
+    def save(seed: int) -> None:
+        torch.manual_seed(seed)
+        save_file(timm.create_model("test_vit", num_classes=0, img_size=32).state_dict(), weights)
+
+    encoder = EncoderConfig(kind="timm", name="test_vit", weights=str(weights), input_size=32)
+    x = Experiment(replace(toy(), encoder=encoder), tmp_path / "artifacts")
+    stages.images(x)
+    save(1)
+    first = stages.encoder(x).digest
+    assert stages.encoder(x).digest == first
+    save(2)
+    second = stages.encoder(x).digest
+    assert second != first
+    weights.unlink()
+    assert stages.encoder(x).digest == second
+
+
+def test_another_autoencoder_does_not_decode(tmp_path: Path) -> None:
+    """z_1 made with some weights is not decoded with others: both hashes are named."""
+    folder = tmp_path / "vae"
+    shape = {
+        "block_out_channels": (8, 8, 8, 8), "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4, "latent_channels": 4, "norm_num_groups": 4,
+    }  # fmt: skip
+    AutoencoderKL(**shape).save_pretrained(folder)
+    config = replace(
+        toy(),
+        images=replace(toy().images, resolution=16),
+        autoencoder=AutoencoderConfig(kind="kl", weights=str(folder), channels=1),
+        levels=(replace(toy().level(1), patch_size=1),),
+    )
+    x = Experiment(config, tmp_path / "artifacts")
+    stages.images(x)
+    first = stages.latents(x)[1].digest
+    z_1 = torch.from_numpy(loading.open_latents(x, 1).read(np.arange(2))[:, 0])
+    assert loading.decode(x, z_1).shape == (2, 16, 16, 1)
+    AutoencoderKL(**shape).save_pretrained(folder)
+    with pytest.raises(IntegrityError, match="others than z_1 was made with"):
+        loading.decode(x, z_1)
+    assert stages.latents(x)[1].digest != first
+    assert loading.decode(x, z_1).shape == (2, 16, 16, 1)
+
+
+def test_verify_finds_what_manifests_cannot_vouch_for(made: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint, the history of a training, and a manifest itself: one changed byte is exit code 4."""
+    monkeypatch.setenv("NESTDIFF_HOME", str(made.root))
+    assert main(["verify", "toy"]) == 0
+    denoiser = made.artifact(Ref("denoiser", 2)).path
+    newest = sorted((denoiser / "checkpoints").glob("step_*"))[-1]
+    manifest = made.artifact(Ref("evaluation")).path / "manifest.json"
+    for path in (newest / "model.safetensors", newest / "state.json", denoiser / "history.json", manifest):
+        content = path.read_bytes()
+        at = content.rindex(b"1")
+        path.write_bytes(content[:at] + b"2" + content[at + 1 :])
+        assert main(["verify", "toy"]) == 4, path.name
+        path.write_bytes(content)
+    assert main(["verify", "toy"]) == 0
+
+
+def test_an_artifact_in_anothers_place_is_refused(made: Experiment) -> None:
+    """A folder copied to the address of another seed says which fingerprint it has."""
+    level = made.config.level(2)
+    other = Experiment(
+        replace(made.config, levels=(made.config.level(1), replace(level, train=replace(level.train, seed=5)))),
+        made.root,
+    )
+    shutil.copytree(made.path(Ref("denoiser", 2)), other.path(Ref("denoiser", 2)))
+    with pytest.raises(IntegrityError, match="something else than its place says"):
+        other.artifact(Ref("denoiser", 2))

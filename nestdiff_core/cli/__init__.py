@@ -51,7 +51,7 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto (default) takes a GPU if there is one"
+        "--device", help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one (default: the experiment's)"
     )
 
 

@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     from nestdiff_core.devices import choose_device
 
     progress = TerminalProgress()
-    device = choose_device(arguments.device)
+    device = choose_device(arguments.device or experiment.config.runtime.device)
     optional = {"crops", "text"} - {ref.stage for ref in experiment.refs()}
     for stage in arguments.stage or STAGES:
         if stage in optional:
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
                         argparse.Namespace(
                             experiment=arguments.experiment,
                             level=level,
-                            processes=1,
+                            processes=None,
                             until_step=None,
                             device=arguments.device,
                         )

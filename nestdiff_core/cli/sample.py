@@ -40,14 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
             found=str(out),
             fix="Change --out.",
         )
-    if arguments.num_images < 1:
-        raise ConfigError(
-            "There is nothing to sample",
-            key="--num-images",
-            expected=">= 1",
-            found=arguments.num_images,
-            fix="Change it.",
-        )
+    for name, value, least in (("--num-images", arguments.num_images, 1), ("--seed", arguments.seed, 0)):
+        if value < least:
+            raise ConfigError(f"{name} cannot be used", key=name, expected=f">= {least}", found=value, fix="Change it.")
     experiment = Experiment(load_experiment(arguments.experiment))
     from nestdiff_core import loading
     from nestdiff_core.artifacts import write_bytes
@@ -55,16 +50,16 @@ def run(arguments: argparse.Namespace) -> int:
     from nestdiff_core.evaluation.figures import image_grid
     from nestdiff_core.evaluation.samples import save_samples
 
-    progress = TerminalProgress()
+    progress, device = TerminalProgress(), choose_device(arguments.device or experiment.config.runtime.device)
     z = loading.generate(
         experiment,
         range(arguments.num_images),
         seed=arguments.seed,
-        device=choose_device(arguments.device),
+        device=device,
         progress=progress,
     )
     progress.close()
-    pictures = loading.decode(experiment, z[1])
+    pictures = loading.decode(experiment, z[1], device=device)
     if out.suffix == ".npz":
         save_samples(out, pictures)
     else:

@@ -10,7 +10,7 @@ import contextlib
 import os
 import sys
 
-from nestdiff_core.errors import Interrupted, NestdiffError
+from nestdiff_core.errors import ConfigError, Interrupted, NestdiffError
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.progress import LogProgress, Progress, TerminalProgress, silent
 from nestdiff_core.recipes import load_experiment
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--level", type=int, required=True, metavar="N", help="1 is the image, the largest number the top"
     )
     parser.add_argument(
-        "--processes", type=int, default=1, metavar="N", help="worker processes, one per GPU (default 1)"
+        "--processes", type=int, metavar="N", help="worker processes, one per GPU (default: the experiment's)"
     )
     parser.add_argument("--until-step", type=int, metavar="STEP", help="save and stop at this step; resume later")
     add_device(parser)
@@ -34,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     config = load_experiment(arguments.experiment)
     config.level(arguments.level)
+    device = arguments.device or config.runtime.device
+    processes = config.runtime.processes if arguments.processes is None else arguments.processes
+    for name, value in (("--processes", processes), ("--until-step", arguments.until_step)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} cannot be used", key=name, expected=">= 1", found=value, fix="Change it.")
     if launch.DIE_WITH_PARENT in os.environ:
         launch.die_with_parent()
     if launch.under_torchrun():
@@ -44,11 +49,11 @@ def run(arguments: argparse.Namespace) -> int:
         "train",
         *([arguments.experiment] if arguments.experiment else []),
         f"--level={arguments.level}",
-        f"--device={arguments.device}",
+        f"--device={device}",
     ]
     if arguments.until_step is not None:
         command.append(f"--until-step={arguments.until_step}")
-    return launch.run_torchrun(command, num_processes=arguments.processes)
+    return launch.run_torchrun(command, num_processes=processes)
 
 
 def _work(experiment: Experiment, arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Check every file of an experiment's artifacts against its manifest, byte by byte.
+"""Check every file of an experiment's artifacts against its manifest, byte by byte, checkpoints included.
 
 Damaged or missing files are named; the exit code is then 4.
 """
@@ -20,15 +20,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from nestdiff_core.stages import CHECKPOINTS
+    from nestdiff_core.training.checkpoint import list_checkpoints, read_checkpoint
+
     experiment = Experiment(load_experiment(arguments.experiment))
     first: IntegrityError | None = None
     for ref in experiment.refs():
-        artifact = experiment.find(ref)
-        if artifact is None:
-            print(f"{'not made':>10}  {ref}")
-            continue
         try:
+            artifact = experiment.find(ref)
+            if artifact is None:
+                print(f"{'not made':>10}  {ref}")
+                continue
             size = artifact.verify()
+            if ref.stage == "denoiser":
+                for checkpoint in list_checkpoints(artifact.path / CHECKPOINTS):
+                    read_checkpoint(checkpoint, level=ref.level or 0, expected=artifact.fingerprint)
             print(f"{size / 2**20:>6.1f} MiB  {ref}  {artifact.path}")
         except IntegrityError as error:
             first = first or error

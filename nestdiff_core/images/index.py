@@ -107,13 +107,14 @@ class ImageIndex:
         """`train` or `held_out` for every image."""
         return self._column("split")
 
-    @property
+    @cached_property
     def keys(self) -> list[str]:
         return self._table.column("key").to_pylist()
 
-    @property
-    def captions(self) -> list[list[str]]:
-        return self._table.column("captions").to_pylist()
+    def captions(self, rows: slice = slice(None)) -> list[list[str]]:
+        """The captions of the images `rows` (a slice without steps)."""
+        start, stop, _ = rows.indices(self.num_images)
+        return self._table.column("captions").slice(start, stop - start).to_pylist()
 
     def rows(self, split: str) -> Int64[np.ndarray, " M"]:
         """Global numbers of the images of a split, rising."""

@@ -25,8 +25,8 @@ from nestdiff_core.artifacts import (
     file_record,
     fsync_directory,
     fsync_tree,
-    read_json,
-    write_json,
+    read_sealed_json,
+    write_sealed_json,
 )
 from nestdiff_core.errors import IntegrityError
 
@@ -54,10 +54,11 @@ def save_checkpoint(
             tensors, scalars = _flatten_optimizer(optimizer)
             save_file(tensors, temporary / "optimizer.safetensors")
             files = {path.name: file_record(path) for path in sorted(temporary.iterdir())}
-            write_json(temporary / STATE, {**record, "step": step, "optimizer": scalars, "files": files})
+            write_sealed_json(temporary / STATE, {**record, "step": step, "optimizer": scalars, "files": files})
             fsync_tree(temporary)
-            if target.exists():  # a damaged one that a resume fell back from
-                shutil.rmtree(target)
+            for damaged in list_checkpoints(folder):
+                if damaged.name >= target.name:  # a resume fell back past it
+                    shutil.rmtree(damaged)
             os.rename(temporary, target)
             fsync_directory(folder)
     finally:
@@ -72,17 +73,38 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*"))
 
 
-def load_latest(folder: Path, *, warn: Callable[[str], object], level: int) -> tuple[Path, dict[str, Any]] | None:
+def read_checkpoint(path: Path, *, level: int, expected: str | None = None) -> dict[str, Any]:
+    """The record of a checkpoint; IntegrityError unless it and all files are whole and of the denoiser `expected`."""
+    record = read_sealed_json(path / STATE, stage="denoiser")
+    for name, file in record["files"].items():
+        check_file(path / name, file, stage="denoiser", level=level)
+    if expected is not None and record.get("fingerprint") != expected:
+        raise IntegrityError(
+            f"{path.name} is of another denoiser",
+            stage="denoiser",
+            level=level,
+            path=path,
+            key="fingerprint",
+            expected=expected,
+            found=record.get("fingerprint"),
+            fix=f"Remove {path}.",
+        )
+    return record
+
+
+def load_latest(
+    folder: Path, *, warn: Callable[[str], object], level: int, expected: str | None = None
+) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint whose files are whole, and its record; None when there is none at all.
+
+    expected: fingerprint of the denoiser whose it must be.
 
     A damaged one is passed over with a warning. Raises IntegrityError when every one is damaged.
     """
     damaged: IntegrityError | None = None
     for path in reversed(list_checkpoints(folder)):
         try:
-            record = read_json(path / STATE, stage="denoiser")
-            for name, expected in record["files"].items():
-                check_file(path / name, expected, stage="denoiser", level=level)
+            record = read_checkpoint(path, level=level, expected=expected)
             return path, record
         except IntegrityError as error:
             warn(f"Checkpoint {path.name} is passed over: {error}")

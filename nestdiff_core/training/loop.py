@@ -96,7 +96,8 @@ class Trainer:
         self.network: nn.Module = DistributedDataParallel(self.model) if self.world_size > 1 else self.model
 
     def _resume(self) -> None:
-        found = load_latest(self.folder, warn=self.warn, level=self.level)
+        expected = self.record.get("fingerprint")
+        found = load_latest(self.folder, warn=self.warn, level=self.level, expected=expected)
         if found is not None:
             path, state = found
             self.step = restore(path, state, model=self.model, ema=self.ema, optimizer=self.optimizer)
@@ -130,7 +131,7 @@ class Trainer:
         )
 
     def train_step(self) -> tuple[float, float]:
-        """One optimiser step; returns this process's loss before it and the gradient norm."""
+        """One optimiser step; returns the loss before it, over all processes, and the gradient norm."""
         draws = self._draw(self.train.seed, self.step, self.train.batch_size, self.train.condition_drop)
         rows = self.order.batch(self.step)[self.rank :: self.world_size]
         for group in self.optimizer.param_groups:
@@ -152,7 +153,15 @@ class Trainer:
         self.optimizer.step()
         self._update_ema()
         self.step += 1
-        return loss.item(), norm.item()
+        return self._mean(loss.detach()), norm.item()
+
+    def _mean(self, value: Tensor) -> float:
+        """Mean over all processes, each of which saw another share of the batch."""
+        if self.world_size > 1:
+            value = value.double()
+            dist.all_reduce(value)
+            value /= self.world_size
+        return value.item()
 
     @torch.no_grad()
     def _update_ema(self) -> None:
@@ -215,7 +224,7 @@ class Trainer:
 
         `stop` is asked after every step; when it says yes a checkpoint is saved and Interrupted raised.
         """
-        end = min(self.train.num_steps, until_step or self.train.num_steps)
+        end = self.train.num_steps if until_step is None else min(self.train.num_steps, until_step)
         saved, clock = self.step, time.monotonic()
         while self.step < end:
             loss, norm = self.train_step()
@@ -243,20 +252,16 @@ class Trainer:
             self.save()
 
     def _log(self, norm: float, seconds: float) -> None:
-        mean = torch.tensor(np.mean(self.recent), dtype=torch.float64)
-        if self.world_size > 1:  # every process saw another share of the batch
-            dist.all_reduce(mean)
-            mean /= self.world_size
         line = {
             "step": self.step,
-            "loss": mean.item(),
+            "loss": float(np.mean(self.recent)),
             "gradient_norm": norm,
             "lr": self.learning_rate(self.step - 1),
             "images_per_second": len(self.recent) * self.train.batch_size / max(seconds, 1e-9),
         }
         if self.step % self.train.checkpoint_every == 0 or self.step == self.train.num_steps:
             line["held_out_loss"] = self.validation_loss()
-            if self.condition_noise:
+            if self.config.levels_above(self.level):
                 line["held_out_loss_without_conditions"] = self.validation_loss(condition_drop=1.0)
         self.history.append(line)
         self.recent = []

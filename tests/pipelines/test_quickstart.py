@@ -4,14 +4,20 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import numpy as np
 import pytest
+from dagster._core.definitions.data_version import CachingStaleStatusResolver
+from dagster._core.loader import LoadingContextForTest
+from PIL import Image
 
+from assets.config import asset_key
 from nestdiff_core.cli.digest import experiment_digests
+from nestdiff_core.config import EvaluationConfig, ExperimentConfig, ImagesConfig
 from nestdiff_core.evaluation.samples import load_samples
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.recipes import toy
@@ -52,8 +58,6 @@ def test_every_stage_is_materialised(toy_run: Any, experiment: Experiment) -> No
         assert artifact.verify() > 0
         if ref.stage == "moments":
             continue
-        from assets.config import asset_key
-
         event = materialised[asset_key(experiment.config, ref).to_user_string()]
         tags = event.step_materialization_data.materialization.tags
         assert tags["dagster/data_version"] == f"{artifact.fingerprint}.{artifact.digest}"
@@ -153,6 +157,9 @@ def test_a_changed_setting_names_itself(experiment: Experiment) -> None:
         (["fly"], 2),
         (["sample", "toy", "--out", "x.gif"], 2),
         (["inspect", "/nowhere/x.yaml"], 2),
+        (["sample", "toy", "--seed", "-1"], 2),
+        (["train", "toy", "--level", "1", "--processes", "0"], 2),
+        (["train", "toy", "--level", "1", "--until-step", "0"], 2),
         (["run", "toy", "--device", "cuda:7", "--stage", "encoder"], 5),
     ],
 )
@@ -198,6 +205,74 @@ def test_the_sensor_asks_once_for_the_same_weights(toy_run: Any, monkeypatch: py
     assert first.run_key == second.run_key
     with dg.DagsterInstance.ephemeral() as empty, dg.build_sensor_context(instance=empty) as context:
         assert isinstance(sensor(context), dg.SkipReason)
+
+
+def trained(config: ExperimentConfig, instance: dg.DagsterInstance, version: str) -> None:
+    """Tell the instance that every denoiser has been trained."""
+    x = Experiment(config)
+    for ref in x.refs():
+        if ref.stage == "denoiser":
+            tags = {"dagster/code_version": x.config_hash(ref), "dagster/data_version": f"{version}{ref.level}"}
+            instance.report_runless_asset_event(dg.AssetMaterialization(asset_key(config, ref), tags=tags))
+
+
+def test_the_sensor_waits_for_this_configuration_and_tries_again() -> None:
+    """New weights are another key; other settings, a running training and three failures are reasons to wait."""
+    config = toy()
+    level = replace(config.level(2), condition_noise=0.1)
+    other = replace(config, levels=(config.level(1), level))
+    with dg.DagsterInstance.ephemeral() as instance, dg.build_sensor_context(instance=instance) as context:
+        sensor, of_other = (
+            build_definitions(c).get_repository_def().get_sensor_def("new_denoiser_evaluation") for c in (config, other)
+        )
+        trained(config, instance, "a")
+        first = sensor(context)
+        assert isinstance(first, dg.RunRequest)
+        skipped = of_other(context)
+        assert isinstance(skipped, dg.SkipReason) and "other settings" in str(skipped.skip_message)
+        for _ in range(3):
+            request = sensor(context)
+            assert isinstance(request, dg.RunRequest)
+            run = instance.add_run(dg.DagsterRun("evaluate", tags=request.tags))
+            instance.report_run_failed(run)
+        skipped = sensor(context)
+        assert isinstance(skipped, dg.SkipReason) and "failed 3 times" in str(skipped.skip_message)
+        trained(config, instance, "b")
+        again = sensor(context)
+        assert isinstance(again, dg.RunRequest) and again.run_key != first.run_key
+        instance.add_run(dg.DagsterRun("train_level_1", status=dg.DagsterRunStatus.STARTED))
+        assert isinstance(sensor(context), dg.SkipReason)
+
+
+def test_a_shrunk_source_loses_partitions_and_a_rechecked_one_makes_nothing_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dagster's own staleness, after one partition of a complete store was materialised again without any work."""
+    monkeypatch.setenv("NESTDIFF_HOME", str(tmp_path / "artifacts"))
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(12):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8), np.uint8)).save(pictures / f"{i:02d}.png")
+    images = ImagesConfig(source="folder", path=str(pictures), resolution=8, channels=1, images_per_shard=4)
+    config = replace(toy(), name="own", images=images, evaluation=EvaluationConfig(extractors=("encoder",)))
+    definitions = build_definitions(config)
+    with dg.DagsterInstance.ephemeral() as instance:
+        build = definitions.resolve_job_def("build_latents")
+        assert build.execute_in_process(instance=instance).success
+        for i in range(8, 12):
+            (pictures / f"{i:02d}.png").unlink()
+        assert build.execute_in_process(instance=instance).success
+        assert set(instance.get_dynamic_partitions("own_image_shards")) == {"00000", "00001"}
+        every = definitions.resolve_implicit_global_asset_job_def()
+        features = dg.AssetKey(["own", "features"])
+        assert every.execute_in_process(instance=instance, asset_selection=[features], partition_key="00001").success
+        graph = definitions.resolve_asset_graph()
+        resolver = CachingStaleStatusResolver(instance, graph, LoadingContextForTest(instance))
+        made = [key for key in graph.materializable_asset_keys if instance.get_latest_materialization_event(key)]
+        assert len(made) == 6
+        assert {key.to_user_string(): resolver.get_status(key).value for key in made} == {
+            key.to_user_string(): "FRESH" for key in made
+        }
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from pipelines.recover import recover
+from pipelines.recover import is_alive, recover
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -42,3 +42,15 @@ def test_a_killed_job_does_not_block_the_next(toy_run: Any, tmp_path: Path, monk
         assert recover(instance) == [run.run_id]
         assert instance.get_runs()[0].status is dg.DagsterRunStatus.FAILURE
         assert storage.get_concurrency_run_ids() == set()
+
+
+def test_a_process_is_known_by_its_number_and_its_time() -> None:
+    """Whatever a program is called it lives until it ends; one that began later only has the number of the dead one."""
+    sleeper = subprocess.Popen(["sleep", "60"])
+    try:
+        assert is_alive(sleeper.pid, time.time())
+        assert not is_alive(sleeper.pid, time.time() - 1000)
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    assert not is_alive(sleeper.pid, time.time())

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,11 +13,11 @@ import torch
 
 from nestdiff_core.config import ConditioningConfig, DiffusionConfig, ExperimentConfig
 from nestdiff_core.diffusion.schedule import VPSchedule
-from nestdiff_core.errors import Interrupted, NumericsError
+from nestdiff_core.errors import IntegrityError, Interrupted, NumericsError
 from nestdiff_core.recipes import toy
 from nestdiff_core.stores.reader import StoreReader
 from nestdiff_core.stores.writer import create_store, write_shard
-from nestdiff_core.training.checkpoint import list_checkpoints
+from nestdiff_core.training.checkpoint import list_checkpoints, load_latest
 from nestdiff_core.training.data import BatchOrder, LatentBatches, draw
 from nestdiff_core.training.loop import Trainer, stop_on_signals
 
@@ -159,6 +160,34 @@ def test_a_damaged_checkpoint_is_passed_over(batches: LatentBatches, tmp_path: P
     assert second.step == 10 and "step_00000012" in warnings[1] and "ema.safetensors" in warnings[1]
     second.run()
     assert state_hash(second) == uninterrupted
+
+
+def test_a_damaged_newest_checkpoint_does_not_cost_the_good_one(batches: LatentBatches, tmp_path: Path) -> None:
+    """With keep_last 1, after a fallback, what is written next is what is kept."""
+    config = config_with(checkpoint_every=50, keep_last=1)
+    first = trainer(batches, tmp_path, config)
+    first.run(until_step=6)
+    good = list_checkpoints(tmp_path)[-1]
+    shutil.copytree(good, tmp_path / "step_00000012")
+    (tmp_path / "step_00000012" / "ema.safetensors").write_bytes(b"")
+    second = trainer(batches, tmp_path, config, warnings=[])
+    assert second.step == 6
+    second.run(until_step=8)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000008"]
+    assert trainer(batches, tmp_path, config).step == 8
+
+
+def test_an_edited_or_foreign_checkpoint_is_passed_over(batches: LatentBatches, tmp_path: Path) -> None:
+    """A step that was changed by hand, or a checkpoint of another denoiser, is not trained on."""
+    t = trainer(batches, tmp_path)
+    t.run(until_step=6)
+    state = list_checkpoints(tmp_path)[-1] / "state.json"
+    state.write_text(state.read_text().replace('"step": 6', '"step": 5'))
+    with pytest.raises(IntegrityError, match="not what was written"):
+        trainer(batches, tmp_path)
+    t.save()
+    with pytest.raises(IntegrityError, match="of another denoiser"):
+        load_latest(tmp_path, warn=lambda _: None, level=1, expected="0123456789abcdef")
 
 
 def test_only_the_last_checkpoints_are_kept(batches: LatentBatches, tmp_path: Path) -> None:
