@@ -28,6 +28,7 @@ GROUPS = {
     "crops": "data",
     "text": "data",
     "svd_basis": "hierarchy",
+    "design": "hierarchy",
     "latents": "hierarchy",
     "denoiser": "denoisers",
     "samples": "evaluation",

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import dagster as dg
 
 from assets.config import POOL, asset_spec, log_progress, refusals, runtime_config
-from assets.report import picture, result
+from assets.report import picture, result, table
 from assets.resources import ArtifactRoot
 from nestdiff_core.config import ExperimentConfig, LevelConfig
 from nestdiff_core.experiment import Ref
@@ -109,3 +109,41 @@ def build_latents(experiment: ExperimentConfig) -> dg.AssetsDefinition:
             )
 
     return latents
+
+
+def build_design(experiment: ExperimentConfig) -> dg.AssetsDefinition:
+    spec = asset_spec(
+        experiment,
+        Ref("design"),
+        kinds={"numpy"},
+        description=(
+            "Levels proposed from the measured spectra: grids, channels and noise for "
+            f"{experiment.design.nats:g} nats at the top, {experiment.design.growth:g} times as many at each level "
+            "below. Nothing reads it; it is for you."
+        ),
+    )
+
+    @dg.multi_asset(name="design", specs=[spec])
+    def design(context: dg.AssetExecutionContext, artifacts: ArtifactRoot) -> dg.MaterializeResult:
+        import numpy as np
+
+        from nestdiff_core import stages
+        from nestdiff_core.cli.design import own_table, proposal_table
+        from nestdiff_core.evaluation.figures import spectrum_plot
+
+        x = artifacts.experiment(experiment)
+        with refusals():
+            artifact = stages.design(x, progress=log_progress(context))
+            own = own_table(x)
+        proposals = proposal_table(artifact.info["proposals"])
+        spectra = {row["level"]: np.asarray(artifact.info["eigenvalues"][str(row["grid"])]) for row in proposals}
+        kept = {row["level"]: row["channels"] for row in proposals}
+        return result(
+            artifact,
+            spec.key,
+            spectra=picture(spectrum_plot(spectra, kept, title="Spectra of the proposed levels")),
+            proposed=table(proposals),
+            own_levels=table(own) if own else None,
+        )
+
+    return design

@@ -449,6 +449,22 @@ class SearchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DesignConfig:
+    """What `design` proposes levels for: how much each should tell the levels below it."""
+
+    nats: float = knob(200.0, "Information of the top level, 1/2 log(1 + 1/sigma^2) for each of its numbers.")
+    growth: float = knob(2.0, "How many times as much the next level tells (the paper's sizes grow by 2).")
+    variance: float = knob(0.9, "Share of the pooled features' variance that a level's channels keep at least.")
+    grids: tuple[int, ...] = knob((), "Sides of the grids to try; empty: 1, 2, 4, ... below the feature map's side.")
+
+    def __post_init__(self) -> None:
+        _require(self.nats > 0, "design.nats", "> 0", self.nats)
+        _require(self.growth >= 1, "design.growth", ">= 1", self.growth)
+        _require(0 < self.variance < 1, "design.variance", "between 0 and 1", self.variance)
+        _require(all(grid >= 1 for grid in self.grids), "design.grids", "numbers >= 1", self.grids)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
     """How work is run. Nothing here changes a result or enters a fingerprint; the launchpad may edit it."""
 
@@ -474,6 +490,7 @@ class ExperimentConfig:
     sampling: SamplingConfig = knob(SamplingConfig(), "The cascade.")
     evaluation: EvaluationConfig = knob(EvaluationConfig(), "The numbers.")
     search: SearchConfig = knob(SearchConfig(), "A search for one level's condition noise.")
+    design: DesignConfig = knob(DesignConfig(), "What `design` proposes levels for.")
     runtime: RuntimeConfig = knob(RuntimeConfig(), "How work is run; in no fingerprint.")
 
     def __post_init__(self) -> None:

@@ -131,6 +131,7 @@ STAGES: dict[str, Stage] = {
         lambda c, level: (Ref("moments", level),),
         "build_latents",
     ),
+    "design": Stage(lambda c, _: to_dict(c.design), lambda c, _: (Ref("images"), Ref("features")), "design_levels"),
     "latents": Stage(
         _latents_config,
         lambda c, level: (Ref("images"),) if level == 1 else (_level_features(c, level), Ref("svd_basis", level)),
@@ -170,7 +171,7 @@ class Experiment:
         self.root = root if root is not None else home()
 
     def refs(self) -> list[Ref]:
-        """Every artifact of this experiment, in the order in which they are made."""
+        """Every artifact that this experiment needs, in the order in which they are made."""
         return [
             ref
             for stage in STAGES
@@ -182,6 +183,8 @@ class Experiment:
 
     def _needs(self, ref: Ref) -> bool:
         match ref:
+            case ("design", _):
+                return False  # a proposal, which nothing reads
             case ("text", _):
                 return self.config.conditioning.labels == "text"
             case ("crops", int(level)):

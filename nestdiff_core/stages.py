@@ -8,6 +8,7 @@ missing is an IntegrityError with the command that makes it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 from collections.abc import Callable, Sequence
@@ -39,6 +40,7 @@ from nestdiff_core.evaluation.samples import load_samples, save_samples
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.images import ImageIndex, build_images, source_listing
 from nestdiff_core.latents.basis import fit_basis
+from nestdiff_core.latents.design import propose
 from nestdiff_core.latents.hierarchy import encode_levels, level_moments
 from nestdiff_core.latents.moments import Moments
 from nestdiff_core.models import count_macs, count_parameters
@@ -296,6 +298,34 @@ def _moments(x: Experiment, levels: Sequence[int], progress: Progress) -> None:
             with writing(x.path(ref), x.header(ref)) as writer:
                 by_grid[grid].save(writer.path / "moments.npz")
                 writer.seal(tokens=by_grid[grid].count)
+
+
+def design(x: Experiment, *, progress: Progress = silent) -> Artifact:
+    """Measure the spectrum of the feature map pooled to each grid, and propose levels from it (latents/design.py).
+
+    info: `proposals`, a row per level from the top, and `eigenvalues` by grid.
+    """
+    ref, config = Ref("design"), x.config.design
+    if (made := _reuse(x, ref)) is not None:
+        return made
+    index, reader = loading.open_index(x), loading.open_features(x)
+    side = reader.shape[-1]
+    grids = config.grids or [2**power for power in range(side.bit_length()) if 2**power < side or side == 1]
+    if max(grids) > side:
+        raise ConfigError(
+            "A grid is finer than the encoder's feature map",
+            stage="design",
+            key="design.grids",
+            expected=f"at most {side}",
+            found=max(grids),
+            fix="Leave it out.",
+        )
+    moments = level_moments(reader, sorted(grids), index.rows("train"), progress=progress)
+    spectra = {grid: fit_basis(m, 1, level=0).eigenvalues for grid, m in moments.items()}
+    proposals = propose(spectra, nats=config.nats, growth=config.growth, variance=config.variance)
+    with writing(x.path(ref), x.header(ref)) as writer:
+        rows = [dataclasses.asdict(p) for p in proposals]
+        return writer.seal(proposals=rows, eigenvalues={str(grid): e.tolist() for grid, e in spectra.items()})
 
 
 def latents(

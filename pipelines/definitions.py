@@ -23,6 +23,7 @@ def build_definitions(config: ExperimentConfig) -> dg.Definitions:
             encoder.build(config),
             *features.build(config),
             *([hierarchy.build_bases(config)] if config.num_levels > 1 else []),
+            hierarchy.build_design(config),
             hierarchy.build_latents(config),
             *(denoisers.build(config, level) for level in range(1, config.num_levels + 1)),
             evaluation.build_samples(config),
@@ -32,7 +33,7 @@ def build_definitions(config: ExperimentConfig) -> dg.Definitions:
         asset_checks=checks.build(config),
         jobs=list(jobs.values()),
         schedules=build_schedules(jobs["evaluate"]),
-        sensors=build_sensors(config, jobs["evaluate"]),
+        sensors=build_sensors(config, jobs["evaluate"], jobs["encode_images"]),
         resources={"artifacts": ArtifactRoot(), "launcher": LocalLauncher()},
     )
 

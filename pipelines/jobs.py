@@ -8,7 +8,8 @@ from assets.search import needed_denoisers, search_keys
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.experiment import Experiment, Ref
 
-BUILD = ("images", "encoder", "features", "crops", "text", "svd_basis", "latents")
+ENCODE = ("images", "encoder", "features", "crops", "text")
+BUILD = (*ENCODE, "svd_basis", "latents")
 
 
 def build_jobs(config: ExperimentConfig) -> dict[str, UnresolvedAssetJobDefinition]:
@@ -34,7 +35,9 @@ def build_jobs(config: ExperimentConfig) -> dict[str, UnresolvedAssetJobDefiniti
     judge = [*keys("samples"), *keys("evaluation")]
     jobs = [
         job("quickstart", f"The whole experiment {config.name!r}, from images to numbers.", build + train + judge),
+        job("encode_images", "Index the images and encode those that are new.", [k for s in ENCODE for k in keys(s)]),
         job("build_latents", "From images to the latents of every level.", build),
+        job("design_levels", "Propose levels from the spectra of the features.", [asset_key(config, Ref("design"))]),
         *(
             job(
                 f"train_level_{level}",

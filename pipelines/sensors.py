@@ -1,4 +1,4 @@
-"""Evaluation when there is something new."""
+"""Work when there is something new: weights to evaluate, images to encode."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ from dagster._core.definitions.unresolved_asset_job_definition import Unresolved
 
 from assets.config import asset_key
 from nestdiff_core.config import ExperimentConfig
-from nestdiff_core.experiment import Experiment
+from nestdiff_core.experiment import Experiment, Ref
 
 WEIGHTS = "nestdiff/weights"  # tag of a run: the denoisers that it evaluates
 ATTEMPTS = 3
@@ -20,7 +20,40 @@ UNFINISHED = [
 ]
 
 
-def build_sensors(config: ExperimentConfig, evaluate: UnresolvedAssetJobDefinition) -> list[dg.SensorDefinition]:
+def build_sensors(
+    config: ExperimentConfig, evaluate: UnresolvedAssetJobDefinition, encode: UnresolvedAssetJobDefinition
+) -> list[dg.SensorDefinition]:
+    """evaluate, encode: the jobs that new weights and new images ask for."""
+    return [_new_denoiser_evaluation(config, evaluate), _new_images(config, encode)]
+
+
+def _new_images(config: ExperimentConfig, encode: UnresolvedAssetJobDefinition) -> dg.SensorDefinition:
+    @dg.sensor(
+        name="new_images",
+        job=encode,
+        minimum_interval_seconds=300,
+        default_status=dg.DefaultSensorStatus.STOPPED,
+        description=(
+            "Indexes and encodes when files of the source have come, gone or changed: new image shards become new "
+            "partitions, and only these are encoded. Bases and denoisers are not refitted by themselves. Off until "
+            "switched on."
+        ),
+    )
+    def new_images(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        from nestdiff_core.images import source_listing
+
+        made = Experiment(config).find(Ref("images"))
+        if made is None:
+            return dg.SkipReason("The images have not been indexed yet")
+        listing = source_listing(config.images)
+        if listing == made.info["source_listing"]:
+            return dg.SkipReason("The source is as it was")
+        return dg.RunRequest(run_key=listing)
+
+    return new_images
+
+
+def _new_denoiser_evaluation(config: ExperimentConfig, evaluate: UnresolvedAssetJobDefinition) -> dg.SensorDefinition:
     x = Experiment(config)
     denoisers = {ref: asset_key(config, ref) for ref in x.refs() if ref.stage == "denoiser"}
 
@@ -55,4 +88,4 @@ def build_sensors(config: ExperimentConfig, evaluate: UnresolvedAssetJobDefiniti
         # A run key is used once, so the same set of weights is evaluated once.
         return dg.RunRequest(run_key=f"{weights}-{attempt}", tags={WEIGHTS: weights})
 
-    return [new_denoiser_evaluation]
+    return new_denoiser_evaluation

@@ -65,4 +65,4 @@ def test_search_through_dagster(
     assert main(["search", str(path), "--table"]) == 0
     assert "fd_pixels" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="number that the evaluation does not have"):
-        search_table(Experiment(replace(config, search=replace(config.search, metric="fid")), x.root))
+        search_table(Experiment(replace(config, search=replace(config.search, metric="is_pixels")), x.root))

@@ -289,3 +289,19 @@ def test_an_artifact_in_anothers_place_is_refused(made: Experiment) -> None:
     shutil.copytree(made.path(Ref("denoiser", 2)), other.path(Ref("denoiser", 2)))
     with pytest.raises(IntegrityError, match="something else than its place says"):
         other.artifact(Ref("denoiser", 2))
+
+
+def test_design_proposes_from_what_was_measured(
+    made: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the toy's features: one level for each grid, spectra as its basis has, both tables printed, no work twice."""
+    monkeypatch.setenv("NESTDIFF_HOME", str(made.root))
+    artifact = stages.design(made)
+    assert [p["grid"] for p in artifact.info["proposals"]] == [1, 2]
+    basis = loading.open_basis(made, 2)  # of the map pooled to 2x2
+    np.testing.assert_allclose(artifact.info["eigenvalues"]["2"], basis.eigenvalues, rtol=1e-9)
+    assert stages.design(made).manifest == artifact.manifest
+    assert main(["design", "toy", "--nats", "5"]) == 0
+    said = capsys.readouterr().out
+    assert "proposed" in said and "variance kept" in said and "toy" in said
+    assert made.path(Ref("design")) == artifact.path and Ref("design") not in made.refs()

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from nestdiff_core.errors import EXIT_CODES, ConfigError, Interrupted, NestdiffError
 
-VERBS = ("run", "train", "sample", "search", "inspect", "verify", "gc", "digest", "doctor")
+VERBS = ("run", "train", "sample", "search", "design", "inspect", "verify", "gc", "digest", "doctor")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -45,7 +45,9 @@ def experiment(*, noise=0.0, guidance=0.0, interval=(0.0, 1.0), labels="none", p
     return ExperimentConfig(
         images=ImagesConfig(source="digits", resolution=8, channels=1, labels=True),
         levels=tuple(levels),
-        conditioning=ConditioningConfig(labels=labels, text=TextConfig(weights="random", length=3, width=4)),
+        conditioning=ConditioningConfig(
+            labels=labels, drop="each", text=TextConfig(weights="random", length=3, width=4)
+        ),
         diffusion=DiffusionConfig(prediction=prediction),
         sampling=SamplingConfig(**({"num_evaluations": 4, "batch_size": 4} | knobs)),
     )

@@ -128,7 +128,7 @@ def test_shards_are_indexed_where_they_lie(build: Build, tmp_path: Path) -> None
     artifact = build(source="webdataset", path=str(tmp_path / "w"), labels=True)
     index = ImageIndex(artifact)
     assert index.keys == ["a", "b", "c"] and index.splits.tolist() == ["train", "train", "held_out"]
-    assert index.captions == [[], ["one", "two"], ["ä"]] and index.read_shard(1).max() == 0
+    assert index.captions() == [[], ["one", "two"], ["ä"]] and index.read_shard(1).max() == 0
     assert [s.path for s in index.shards] == [tmp_path / "w/train-0.tar", tmp_path / "w/val-0.tar"]
     assert not (artifact.path / "shards").exists()
 
@@ -157,7 +157,7 @@ def test_real_shards(build: Build) -> None:
             photograph, record = (archive.extractfile(f"{index.keys[row]}.{s}") for s in ("jpg", "json"))
             assert photograph is not None and record is not None
             np.testing.assert_array_equal(images[row], np.asarray(Image.open(photograph).convert("RGB")))
-            assert index.captions[row] == json.load(record)["captions"]
+            assert index.captions(slice(row, row + 1))[0] == json.load(record)["captions"]
 
 
 # --- what is wrong is named ---------------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ def test_five_levels_cost_what_the_paper_prints():
 
 def experiment(conditioning="all_above", labels="none"):
     config = digits()
-    levels = [*config.levels, dataclasses.replace(config.levels[-1], level=4)]
+    levels = [*config.levels, dataclasses.replace(config.levels[-1], level=4, channels=8)]
     return dataclasses.replace(
         config, levels=tuple(levels), conditioning=ConditioningConfig(levels=conditioning, labels=labels)
     )

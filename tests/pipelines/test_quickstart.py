@@ -186,7 +186,7 @@ def test_definitions_of_every_recipe(name: str) -> None:
     dg.Definitions.validate_loadable(definitions)
     jobs = {job.name for job in definitions.resolve_all_job_defs()}
     levels = {f"train_level_{level}" for level in range(1, config.num_levels + 1)}
-    assert jobs >= {"quickstart", "build_latents", "train_all_levels", "evaluate"} | levels
+    assert jobs >= {"quickstart", "build_latents", "design_levels", "train_all_levels", "evaluate"} | levels
     repository = definitions.get_repository_def()
     schedule = repository.get_schedule_def("nightly_evaluation")
     sensor = repository.get_sensor_def("new_denoiser_evaluation")
@@ -244,7 +244,7 @@ def test_the_sensor_waits_for_this_configuration_and_tries_again() -> None:
         assert isinstance(sensor(context), dg.SkipReason)
 
 
-def test_a_shrunk_source_loses_partitions_and_a_rechecked_one_makes_nothing_stale(
+def test_a_changed_source_is_noticed_loses_partitions_and_a_rechecked_one_makes_nothing_stale(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dagster's own staleness, after one partition of a complete store was materialised again without any work."""
@@ -258,9 +258,15 @@ def test_a_shrunk_source_loses_partitions_and_a_rechecked_one_makes_nothing_stal
     definitions = build_definitions(config)
     with dg.DagsterInstance.ephemeral() as instance:
         build = definitions.resolve_job_def("build_latents")
-        assert build.execute_in_process(instance=instance).success
-        for i in range(8, 12):
-            (pictures / f"{i:02d}.png").unlink()
+        sensor = definitions.get_repository_def().get_sensor_def("new_images")
+        with dg.build_sensor_context(instance=instance) as context:
+            assert isinstance(sensor(context), dg.SkipReason)  # nothing has been indexed
+            assert build.execute_in_process(instance=instance).success
+            assert isinstance(sensor(context), dg.SkipReason)  # nothing has changed
+            for i in range(8, 12):
+                (pictures / f"{i:02d}.png").unlink()
+            asked = sensor(context)
+            assert isinstance(asked, dg.RunRequest) and asked.run_key == sensor(context).run_key
         assert build.execute_in_process(instance=instance).success
         assert set(instance.get_dynamic_partitions("own_image_shards")) == {"00000", "00001"}
         every = definitions.resolve_implicit_global_asset_job_def()

@@ -1,0 +1,75 @@
+"""Propose levels from the measured spectra of an experiment's features, beside those that it has.
+
+For each grid the fewest channels that keep a share of the variance, and the noise with which the level tells a stated
+number of nats; settings under `design:`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import Any
+
+from nestdiff_core.experiment import Experiment, Ref
+from nestdiff_core.progress import TerminalProgress
+from nestdiff_core.recipes import load_experiment
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from nestdiff_core.cli import add_experiment
+
+    add_experiment(parser)
+    parser.add_argument("--nats", type=float, help="information of the top level (default: design.nats)")
+    parser.add_argument("--growth", type=float, help="how many times as much the next one has (default: design.growth)")
+    parser.add_argument("--variance", type=float, help="share of variance kept at least (default: design.variance)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from nestdiff_core import stages
+    from nestdiff_core.cli.inspect import format_table
+
+    config = load_experiment(arguments.experiment)
+    given = {name: getattr(arguments, name) for name in ("nats", "growth", "variance")}
+    changes = {name: value for name, value in given.items() if value is not None}
+    x = Experiment(replace(config, design=replace(config.design, **changes)))
+    progress = TerminalProgress()
+    artifact = stages.design(x, progress=progress)
+    progress.close()
+    print("proposed\n" + format_table(proposal_table(artifact.info["proposals"])))
+    if own := own_table(x):
+        print(f"\n{config.name}\n" + format_table(own))
+    return 0
+
+
+def proposal_table(proposals: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per level from the top, numbered as a hierarchy of these levels would be."""
+    top = len(proposals) + 1
+    return [
+        _row(top - i, p["grid"], p["channels"], p["variance_share"], p["sigma"], p["nats"])
+        for i, p in enumerate(proposals)
+    ]
+
+
+def own_table(x: Experiment) -> list[dict[str, Any]]:
+    """The levels that the experiment has; what share of variance they keep where their basis has been fitted."""
+    from nestdiff_core.latents.capacity import capacity_nats
+
+    rows = []
+    for level in reversed(x.config.levels[1:]):
+        basis = x.find(Ref("svd_basis", level.level))
+        share = basis.info["variance_share"] if basis else None
+        nats = capacity_nats(level.condition_noise, level.channels * level.grid**2)
+        rows.append(_row(level.level, level.grid, level.channels, share, level.condition_noise, nats))
+    return rows
+
+
+def _row(level: int, grid: int, channels: int, share: float | None, sigma: float, nats: float) -> dict[str, Any]:
+    return {
+        "level": level,
+        "grid": grid,
+        "channels": channels,
+        "numbers": channels * grid**2,
+        "variance kept": share,
+        "sigma": sigma,
+        "nats": nats,
+    }
