@@ -8,6 +8,8 @@ from assets.resources import ArtifactRoot
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.experiment import Ref
 
+REJECTS_SHOWN = 100  # in the web UI; rejects.jsonl has all
+
 
 def shard_partitions(config: ExperimentConfig) -> str:
     """Name of the dynamic partitions that `images` adds: one per image shard."""
@@ -47,6 +49,7 @@ def build(experiment: ExperimentConfig) -> dg.AssetsDefinition:
             train=len(index.rows("train")),
             held_out=len(index.rows("held_out")),
             rejected=artifact.info["rejected"],
+            rejects=table(rejects) if (rejects := index.rejects(REJECTS_SHOWN)) else None,
             shards=table([{"shard": s.name, "images": s.count, "sha256": s.sha256[:16]} for s in index.shards]),
         )
 

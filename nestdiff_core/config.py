@@ -166,6 +166,9 @@ class FeaturesConfig:
     dtype: Literal["float16", "float32"] = knob(
         "float16", "Stored precision; an overflow is refused by key and channel."
     )
+    precision: Literal["float32", "bfloat16", "float16"] = knob(
+        "float32", "Arithmetic of the encoder: float32, or mixed precision, several times faster on a GPU."
+    )
     flip: bool = knob(False, "Whether the mirror image is encoded and stored too; training then reads either.")
 
     def __post_init__(self) -> None:

@@ -11,9 +11,10 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from nestdiff_core.config import LevelConfig
 from nestdiff_core.encoders import (
     build_encoder,
     encode_captions,
+    encoding_precision,
     extract_crops,
     extract_features,
     feature_shapes,
@@ -50,6 +52,8 @@ from nestdiff_core.stores.writer import create_store, write_shard
 from nestdiff_core.training.loop import Trainer, stop_on_signals
 
 logger = logging.getLogger("nestdiff")
+
+T = TypeVar("T")
 
 CHECKPOINTS = "checkpoints"
 STATISTICS_BYTES = 2**28  # float64 numbers of latents that are held at once
@@ -117,18 +121,19 @@ def features(
     config = x.config.features
     views = 1 + config.flip
 
-    def start(_: Path) -> tuple[_Shapes, _EncodeShard]:
+    def start(index: ImageIndex, _: Path) -> _Encoding:
         frozen = load_encoder(x.artifact(Ref("encoder")), device=device)
         shapes = {name: (views, *shape) for name, shape in feature_shapes(frozen).items()}
 
-        def encode(index: ImageIndex, k: int) -> dict[str, np.ndarray]:
-            pixels, row = index.read_shard(k), index.shards[k].first_row
-            feature_map, vector = extract_features(
-                frozen, pixels, config.batch_size, config.dtype, first_row=row, flip=config.flip
-            )
+        def encode(pixels: np.ndarray, k: int) -> dict[str, np.ndarray]:
+            row = index.shards[k].first_row
+            with encoding_precision(config.precision, device):
+                feature_map, vector = extract_features(
+                    frozen, pixels, config.batch_size, config.dtype, first_row=row, flip=config.flip
+                )
             return {"map": feature_map, "vector": vector}
 
-        return shapes, encode
+        return _Encoding(shapes, index.read_shard, encode)
 
     return _by_shard(x, Ref("features"), start, shards, progress)
 
@@ -142,18 +147,18 @@ def crops(
     """
     config, grid = x.config.features, x.config.level(level).grid
 
-    def start(_: Path) -> tuple[_Shapes, _EncodeShard]:
+    def start(index: ImageIndex, _: Path) -> _Encoding:
         frozen = load_encoder(x.artifact(Ref("encoder")), device=device)
 
-        def encode(index: ImageIndex, k: int) -> dict[str, np.ndarray]:
-            pixels, row = index.read_shard(k), index.shards[k].first_row
-            return {
-                "map": extract_crops(
+        def encode(pixels: np.ndarray, k: int) -> dict[str, np.ndarray]:
+            row = index.shards[k].first_row
+            with encoding_precision(config.precision, device):
+                maps = extract_crops(
                     frozen, pixels, grid, config.batch_size, config.dtype, first_row=row, flip=config.flip
                 )
-            }
+            return {"map": maps}
 
-        return {"map": (1 + config.flip, frozen.vector_channels, grid, grid)}, encode
+        return _Encoding({"map": (1 + config.flip, frozen.vector_channels, grid, grid)}, index.read_shard, encode)
 
     return _by_shard(x, Ref("crops", level), start, shards, progress)
 
@@ -170,28 +175,33 @@ def text(
 
     count = config.captions_per_image
 
-    def start(folder: Path) -> tuple[_Shapes, _EncodeShard]:
+    def start(index: ImageIndex, folder: Path) -> _Encoding:
         tower = build_text_tower(config, device=device)
         save_file({loading.TOKENS: tower.encode([""]).cpu().contiguous()}, folder / loading.EMPTY_CAPTION)
 
-        def encode(index: ImageIndex, k: int) -> dict[str, np.ndarray]:
-            captions = [c for several in _captions(index, k) for c in itertools.islice(itertools.cycle(several), count)]
-            tokens = encode_captions(tower.encode, captions, config.batch_size, dtype)
+        def encode(captions: list[list[str]], k: int) -> dict[str, np.ndarray]:
+            chosen = [c for several in captions for c in itertools.islice(itertools.cycle(several), count)]
+            tokens = encode_captions(tower.encode, chosen, config.batch_size, dtype)
             return {loading.TOKENS: tokens.reshape(-1, count, *tokens.shape[1:])}
 
-        return {loading.TOKENS: (count, config.length, config.width)}, encode
+        shapes = {loading.TOKENS: (count, config.length, config.width)}
+        return _Encoding(shapes, lambda k: _captions(index, k), encode)
 
     return _by_shard(x, Ref("text"), start, shards, progress, weights=weights_digest(config.weights))
 
 
-_Shapes = dict[str, tuple[int, ...]]
-_EncodeShard = Callable[[ImageIndex, int], dict[str, np.ndarray]]
+class _Encoding(NamedTuple):
+    """How a store is filled: shapes of its rows, what of a shard is read, what becomes of that."""
+
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[int], Any]
+    encode: Callable[[Any, int], dict[str, np.ndarray]]
 
 
 def _by_shard(
     x: Experiment,
     ref: Ref,
-    start: Callable[[Path], tuple[_Shapes, _EncodeShard]],
+    start: Callable[[ImageIndex, Path], _Encoding],
     shards: Sequence[str] | None,
     progress: Progress,
     *,
@@ -199,8 +209,8 @@ def _by_shard(
 ) -> tuple[Artifact | None, dict[str, dict[str, Any]]]:
     """Fill a store shard by shard, each committed by itself; see `features`.
 
-    start: called once there is something to do, with the artifact's folder; gives the shapes of the store's rows and
-    what makes those of a shard.
+    start: called once there is something to do, with the artifact's folder. The next shard is read and decoded while
+    one is encoded.
     """
     config, index = x.config.features, loading.open_index(x)
     names = [shard.name for shard in index.shards]
@@ -218,19 +228,20 @@ def _by_shard(
     if (made := _reuse(x, ref, weights=weights)) is not None and made.info["images"] == digest:
         return made, {name: made.info["parts"][name] for name in asked}
     with writing(x.path(ref), x.header(ref), keep_parts=True) as writer:
-        shapes, encode = start(writer.path)
+        shapes, read, encode = start(index, writer.path)
         store, counts = writer.path / loading.STORE, [shard.count for shard in index.shards]
         attributes = {"fingerprint": writer.header["fingerprint"]}
         if ref.stage != "text":
             attributes["preprocessing"] = x.artifact(Ref("encoder")).info["preprocessing"]
         create_store(store, shapes, config.dtype, counts, config.chunk_rows, attributes)
-        for done, name in enumerate(asked):
-            k = names.index(name)
-            record, source = writer.part(name), [index.shards[k].sha256, weights]
-            if record is None or record["source"] != source:
-                files = write_shard(store, k, encode(index, k))
-                writer.commit_part(name, files, rows=counts[k], source=source)
-            progress(done + 1, len(asked), ref.stage)
+        places = [names.index(name) for name in asked]
+        sources = {k: [index.shards[k].sha256, weights] for k in places}
+        whole = [k for k in places if (part := writer.part(names[k])) is not None and part["source"] == sources[k]]
+        progress(len(whole), len(asked), ref.stage)
+        for done, (k, loaded) in enumerate(_read_ahead(read, [k for k in places if k not in whole]), len(whole) + 1):
+            files = write_shard(store, k, encode(loaded, k))
+            writer.commit_part(names[k], files, rows=counts[k], source=sources[k])
+            progress(done, len(asked), ref.stage)
         parts = {
             shard.name: {"rows": shard.count, "digest": fingerprint(part["files"])}
             for shard in index.shards
@@ -241,6 +252,17 @@ def _by_shard(
             return None, records
         info = {"images": digest, "rows": index.num_images, "parts": parts, "arrays": shapes}
         return writer.seal(weights_source=weights, **info), records
+
+
+def _read_ahead(read: Callable[[int], T], places: Sequence[int]) -> Iterator[tuple[int, T]]:
+    """(place, what `read` gives for it) in order; the next one is being read meanwhile."""
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(read, places[0]) if places else None
+        for k, following in itertools.zip_longest(places, places[1:]):
+            assert ahead is not None
+            loaded = ahead.result()
+            ahead = None if following is None else reader.submit(read, following)
+            yield k, loaded
 
 
 def _captions(index: ImageIndex, shard: int) -> list[list[str]]:

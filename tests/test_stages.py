@@ -1,6 +1,7 @@
 """Stages: damage is repaired or refused by name, and a grown source costs only what is new."""
 
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -289,6 +290,40 @@ def test_an_artifact_in_anothers_place_is_refused(made: Experiment) -> None:
     shutil.copytree(made.path(Ref("denoiser", 2)), other.path(Ref("denoiser", 2)))
     with pytest.raises(IntegrityError, match="something else than its place says"):
         other.artifact(Ref("denoiser", 2))
+
+
+def test_the_next_shard_is_read_while_one_is_encoded(made: Experiment, tmp_path: Path) -> None:
+    """In order, one ahead; an error in reading comes where that shard's turn is, after what was before it."""
+    started, release = [], threading.Event()
+
+    def read(k: int) -> int:
+        started.append(k)
+        if k == 3:
+            raise ValueError("no shard 3")
+        if k == 2:
+            release.set()
+        return 10 * k
+
+    seen = []
+    with pytest.raises(ValueError, match="no shard 3"):
+        for k, loaded in stages._read_ahead(read, [1, 2, 3, 4]):
+            if k == 1:
+                assert release.wait(10), "shard 2 is not read before shard 1 is done"
+            seen.append((k, loaded))
+    assert seen == [(1, 10), (2, 20)] and started == [1, 2, 3]
+    assert list(stages._read_ahead(read, [])) == []
+
+
+def test_mixed_precision_is_close_and_another_store(made: Experiment) -> None:
+    """bfloat16 arithmetic changes features by its rounding, and the address."""
+    config = replace(made.config, features=replace(made.config.features, precision="bfloat16"))
+    mixed = Experiment(config, made.root)
+    stages.features(mixed)
+    assert mixed.path(Ref("features")) != made.path(Ref("features"))
+    rows = np.arange(50)
+    a, b = (loading.open_features(x).read(rows).astype(np.float64) for x in (made, mixed))
+    error = np.abs(a - b).max() / np.abs(a).max()
+    assert 1e-4 < error < 3e-2
 
 
 def test_design_proposes_from_what_was_measured(

@@ -19,7 +19,13 @@ from nestdiff_core.encoders.base import Encoder, feature_shapes, normalisation
 from nestdiff_core.encoders.clip import ClipEncoder, clip_encoder, clip_network
 from nestdiff_core.encoders.code import CodeEncoder, code_encoder
 from nestdiff_core.encoders.convnet import ConvEncoder, torchvision_encoder, torchvision_network
-from nestdiff_core.encoders.extract import encode_captions, encode_crops, extract_crops, extract_features
+from nestdiff_core.encoders.extract import (
+    encode_captions,
+    encode_crops,
+    encoding_precision,
+    extract_crops,
+    extract_features,
+)
 from nestdiff_core.encoders.knn import compare
 from nestdiff_core.encoders.moco import pixel_statistics, train_moco, training_batches, untrained
 from nestdiff_core.encoders.vit import ViTEncoder, load_weights, timm_encoder, timm_network
@@ -33,6 +39,7 @@ __all__ = [
     "build_encoder",
     "encode_captions",
     "encode_crops",
+    "encoding_precision",
     "extract_crops",
     "extract_features",
     "feature_shapes",

@@ -10,11 +10,14 @@ The global number of an image is its position in the index. Every store keeps th
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -119,6 +122,14 @@ class ImageIndex:
     def rows(self, split: str) -> Int64[np.ndarray, " M"]:
         """Global numbers of the images of a split, rising."""
         return np.flatnonzero(self.splits == split)
+
+    def rejects(self, limit: int) -> list[dict[str, Any]]:
+        """The first `limit` samples that were set aside: path, key, reason."""
+        path = self.artifact.path / REJECTS
+        if not path.is_file():
+            return []
+        with path.open(encoding="ascii") as lines:
+            return [json.loads(line) for line in itertools.islice(lines, limit)]
 
     def read_shard(self, k: int) -> UInt8[np.ndarray, "n H W C"]:
         """Pixels of all images of shard `k` (its position), in the order of the index.

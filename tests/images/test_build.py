@@ -193,6 +193,7 @@ def test_a_bad_sample_is_refused_or_set_aside(
     artifact = build(source="webdataset", path=path, labels=True, max_bad_samples=1)
     rejects = [json.loads(line) for line in (artifact.path / "rejects.jsonl").read_text().splitlines()]
     assert [r["key"] for r in rejects] == [key] and reason in rejects[0]["reason"]
+    assert ImageIndex(artifact).rejects(5) == rejects
     assert artifact.info["read"] == artifact.info["kept"] + 1 == 6
     index = ImageIndex(artifact)
     assert index.keys == ["a", "b", "c", "d", "e"] and len(index.read_shard(1)) == 1
