@@ -23,6 +23,7 @@ from nestdiff_core.config import AutoencoderConfig, EncoderConfig, ImagesConfig
 from nestdiff_core.errors import ConfigError, InputError, IntegrityError
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.recipes import toy
+from nestdiff_core.stages.data import read_ahead
 
 
 @pytest.fixture
@@ -306,12 +307,12 @@ def test_the_next_shard_is_read_while_one_is_encoded(made: Experiment, tmp_path:
 
     seen = []
     with pytest.raises(ValueError, match="no shard 3"):
-        for k, loaded in stages._read_ahead(read, [1, 2, 3, 4]):
+        for k, loaded in read_ahead(read, [1, 2, 3, 4]):
             if k == 1:
                 assert release.wait(10), "shard 2 is not read before shard 1 is done"
             seen.append((k, loaded))
     assert seen == [(1, 10), (2, 20)] and started == [1, 2, 3]
-    assert list(stages._read_ahead(read, [])) == []
+    assert list(read_ahead(read, [])) == []
 
 
 def test_mixed_precision_is_close_and_another_store(made: Experiment) -> None:

@@ -1,0 +1,26 @@
+"""The pipeline, stage by stage: what Dagster's assets, the command line and a notebook call.
+
+Each function takes an `Experiment`, makes its artifact(s) and returns them. What is there already and whole is
+checked and returned, never made again; what is there but damaged is made again, and says so. An input that is
+missing is an IntegrityError with the command that makes it.
+"""
+
+from nestdiff_core.stages.data import crops, encoder, features, images, text
+from nestdiff_core.stages.denoisers import CHECKPOINTS, train
+from nestdiff_core.stages.hierarchy import bases, design, latents
+from nestdiff_core.stages.sampling import evaluation, samples
+
+__all__ = [
+    "CHECKPOINTS",
+    "bases",
+    "crops",
+    "design",
+    "encoder",
+    "evaluation",
+    "features",
+    "images",
+    "latents",
+    "samples",
+    "text",
+    "train",
+]

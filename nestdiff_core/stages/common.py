@@ -1,0 +1,48 @@
+"""What stages share: reuse of what is there, and the check that an encoder can serve a level."""
+
+from __future__ import annotations
+
+import logging
+
+from nestdiff_core.artifacts import Artifact, is_sealed, open_artifact
+from nestdiff_core.config import LevelConfig
+from nestdiff_core.errors import ConfigError, IntegrityError
+from nestdiff_core.experiment import Experiment, Ref
+
+logger = logging.getLogger("nestdiff")
+
+
+def reuse(x: Experiment, ref: Ref, *, weights: str | None = None) -> Artifact | None:
+    """The sealed artifact if every file is as its manifest says.
+
+    weights: hash of the file or folder of weights that it is made with; None where there is none, or none any more.
+    Returns None when it has to be made (again); its inputs have then been checked, file by file.
+    """
+    path = x.path(ref)
+    if is_sealed(path):
+        try:
+            artifact = open_artifact(path, stage=ref.stage, expected=path.name)
+            artifact.verify()
+            if weights is None or artifact.info.get("weights_source") == weights:
+                return artifact
+            logger.warning("The weights of %s are others than it was made with. It is made again.", ref)
+        except IntegrityError as error:
+            logger.warning("%s It is made again.", error)
+    for needed in x.inputs(ref):
+        x.artifact(needed).verify()
+    return None
+
+
+def require_features(level: LevelConfig, stage: str, *, channels: int, side: int) -> None:
+    """Refuse a level that asks for more than the encoder gives, before anything is encoded for it."""
+    for name, found, limit in (("grid", level.grid, side), ("channels", level.channels, channels)):
+        if found > limit:
+            raise ConfigError(
+                f"Level {level.level} asks more than the encoder's features have",
+                stage=stage,
+                level=level.level,
+                key=f"levels.{name}",
+                expected=f"at most {limit}",
+                found=found,
+                fix="Lower it, or use another encoder.",
+            )
