@@ -126,7 +126,8 @@ class EncoderConfig:
     weights: str = knob(
         "",
         "For timm, open_clip and torchvision: a local .safetensors or .pth file, `hub` for the library's own download "
-        "(open_clip: `hub:TAG`), or `random` for an untrained network.",
+        "(open_clip: `hub:TAG`), or `random` for an untrained network. A file of OpenAI's CLIP needs a name that "
+        "ends in -quickgelu.",
     )
     input_size: int = knob(224, "Side in pixels to which images are resized (bicubic) for the encoder.")
     layer: str = knob("features", "For torchvision: the submodule whose output is the feature map.")
@@ -149,6 +150,7 @@ class EncoderConfig:
         elif self.kind != "autoencoder":
             _require(bool(self.weights), "encoder.weights", "a file, `hub` or `random`", self.weights)
         _require(self.fold >= 1, "encoder.fold", ">= 1", self.fold)
+        _require(all(value > 0 for value in self.std), "encoder.std", "numbers > 0", self.std)
         for name in ("mean", "std"):
             _require(
                 len(getattr(self, name)) in (0, 1, 3), f"encoder.{name}", "no, 1 or 3 numbers", getattr(self, name)

@@ -57,6 +57,7 @@ def test_every_knob_is_documented() -> None:
         ({"levels": {2: {"guidance_interval": [0.9, 0.1]}}}, "levels.guidance_interval", 2),
         ({"encoder": {"vit": {"patch_size": 0}}}, "encoder.vit.patch_size", None),
         ({"evaluation": {"num_neighbours": 0}}, "evaluation.num_neighbours", None),
+        ({"encoder": {"std": [0.0]}}, "encoder.std", None),
         (
             {"autoencoder": {"kind": "taef2", "weights": "w"}, "levels": {1: {"patch_size": 1}}},
             "autoencoder.channels",
