@@ -25,12 +25,15 @@ def build(experiment: ExperimentConfig) -> list[dg.AssetChecksDefinition]:
             "Every image of the index stands in its shard, with its checksum.",
             _index_complete,
         ),
-        _check(
-            experiment,
-            Ref("features"),
-            "features_finite",
-            "No stored feature is missing or not finite.",
-            _features_finite,
+        *(
+            _check(
+                experiment,
+                Ref("features"),
+                "features_finite",
+                "No stored feature is missing or not finite.",
+                _features_finite,
+            )
+            for _ in range(experiment.features.keep)
         ),
         *(
             _check(

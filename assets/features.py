@@ -22,17 +22,14 @@ Encoded = tuple[Artifact | None, dict[str, dict[str, Any]]]
 
 
 def build(experiment: ExperimentConfig) -> list[dg.AssetsDefinition]:
-    """`features`; `crops_level_N` for each level cut from crops; `text` where captions condition the denoisers."""
-    stores = [
-        _by_shard(
-            experiment,
-            Ref("features"),
-            "Feature map and vector of every image, in one sharded zarr v3 store.",
-            _encode_images,
-        )
-    ]
+    """`features`, and `crops_level_N` for each level cut from crops, unless features are not kept; `text` where
+    captions condition the denoisers."""
+    stores, needed = [], Experiment(experiment).refs()
+    if Ref("features") in needed:
+        what = "Feature map and vector of every image, in one sharded zarr v3 store."
+        stores.append(_by_shard(experiment, Ref("features"), what, _encode_images))
     for level in experiment.levels:
-        if experiment.has_crops(level.level):
+        if Ref("crops", level.level) in needed:
             stores.append(
                 _by_shard(
                     experiment,

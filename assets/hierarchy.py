@@ -36,14 +36,27 @@ def build_bases(experiment: ExperimentConfig) -> dg.AssetsDefinition:
     }
     keys = {level: spec.key for level, spec in specs.items()}
 
-    @dg.multi_asset(name="svd_basis", specs=[spec._replace(skippable=True) for spec in specs.values()], can_subset=True)
-    def svd_basis(context: dg.AssetExecutionContext, artifacts: ArtifactRoot) -> Iterator[dg.MaterializeResult]:
+    class Runtime(runtime_config(experiment)):
+        """How this run is done; what decides the result is changed in the experiment."""
+
+    @dg.multi_asset(
+        name="svd_basis",
+        specs=[spec._replace(skippable=True) for spec in specs.values()],
+        can_subset=True,
+        pool=None if experiment.features.keep else POOL,
+    )
+    def svd_basis(
+        context: dg.AssetExecutionContext, config: Runtime, artifacts: ArtifactRoot
+    ) -> Iterator[dg.MaterializeResult]:
         from nestdiff_core import loading, stages
+        from nestdiff_core.devices import choose_device
         from nestdiff_core.evaluation.figures import spectrum_plot
 
         x = artifacts.experiment(experiment)
         with refusals():
-            made = stages.bases(x, _selected(context, keys), progress=log_progress(context))
+            made = stages.bases(
+                x, _selected(context, keys), device=choose_device(config.device), progress=log_progress(context)
+            )
         for level, artifact in made.items():
             basis = loading.open_basis(x, level)
             yield result(
@@ -81,7 +94,7 @@ def build_latents(experiment: ExperimentConfig) -> dg.AssetsDefinition:
         name="latents",
         specs=[spec._replace(skippable=True) for spec in specs.values()],
         can_subset=True,
-        pool=None if experiment.autoencoder.kind == "identity" else POOL,
+        pool=None if experiment.autoencoder.kind == "identity" and experiment.features.keep else POOL,
     )
     def latents(
         context: dg.AssetExecutionContext, config: Runtime, artifacts: ArtifactRoot

@@ -171,6 +171,11 @@ class FeaturesConfig:
     precision: Literal["float32", "bfloat16", "float16"] = knob(
         "float32", "Arithmetic of the encoder: float32, or mixed precision, several times faster on a GPU."
     )
+    keep: bool = knob(
+        True,
+        "Whether features are stored. Without, images are encoded once for the bases and once for the latents, and "
+        "nothing but latents needs the disk.",
+    )
     flip: bool = knob(False, "Whether the mirror image is encoded and stored too; training then reads either.")
 
     def __post_init__(self) -> None:

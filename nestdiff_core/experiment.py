@@ -69,6 +69,22 @@ def _denoiser_config(c: ExperimentConfig, level: int) -> dict[str, Any]:
     }
 
 
+def _features_config(c: ExperimentConfig) -> dict[str, Any]:
+    """What decides the numbers of features; whether they are kept does not."""
+    return {k: v for k, v in to_dict(c.features).items() if k != "keep"}
+
+
+def _tokens(c: ExperimentConfig, level: int) -> dict[str, Any]:
+    """What decides a level's tokens, beside its inputs."""
+    own = {"source": c.level(level).source, "grid": c.level(level).grid}
+    return own if c.features.keep else {**own, "features": _features_config(c)}
+
+
+def _token_inputs(c: ExperimentConfig, level: int) -> tuple[Ref, ...]:
+    """What a level's tokens are made from: a store of features, or without one the images and the encoder."""
+    return (_level_features(c, level),) if c.features.keep else (Ref("images"), Ref("encoder"))
+
+
 def _denoiser_inputs(c: ExperimentConfig, level: int) -> tuple[Ref, ...]:
     text = (Ref("text"),) if c.conditioning.labels == "text" else ()
     return Ref("images"), *text, *(Ref("latents", m) for m in (*c.levels_above(level), level))
@@ -83,7 +99,7 @@ def _latents_config(c: ExperimentConfig, level: int) -> dict[str, Any]:
     store = {"chunk_rows": c.features.chunk_rows, "dtype": c.features.dtype}
     if level == 1:
         return {"autoencoder": to_dict(c.autoencoder), "flip": c.features.flip, **store}
-    return {"source": c.level(level).source, "grid": c.level(level).grid, **store}
+    return {**_tokens(c, level), **store}
 
 
 def _encoder_config(c: ExperimentConfig, _: int) -> dict[str, Any]:
@@ -104,13 +120,13 @@ STAGES: dict[str, Stage] = {
         _encoder_config, lambda c, _: (Ref("images"),), "build_latents", grows=lambda c: c.encoder.kind != "moco"
     ),
     "features": Stage(
-        lambda c, _: to_dict(c.features),
+        lambda c, _: _features_config(c),
         lambda c, _: (Ref("images"), Ref("encoder")),
         "build_latents",
         grows=lambda _: True,
     ),
     "crops": Stage(
-        lambda c, level: {"grid": c.level(level).grid, **to_dict(c.features)},
+        lambda c, level: {"grid": c.level(level).grid, **_features_config(c)},
         lambda c, _: (Ref("images"), Ref("encoder")),
         "build_latents",
         grows=lambda _: True,
@@ -122,8 +138,8 @@ STAGES: dict[str, Stage] = {
         grows=lambda _: True,
     ),
     "moments": Stage(
-        lambda c, level: {"source": c.level(level).source, "grid": c.level(level).grid},
-        lambda c, level: (Ref("images"), _level_features(c, level)),
+        _tokens,
+        lambda c, level: tuple(dict.fromkeys((Ref("images"), *_token_inputs(c, level)))),
         "build_latents",
     ),
     "svd_basis": Stage(
@@ -131,10 +147,14 @@ STAGES: dict[str, Stage] = {
         lambda c, level: (Ref("moments", level),),
         "build_latents",
     ),
-    "design": Stage(lambda c, _: to_dict(c.design), lambda c, _: (Ref("images"), Ref("features")), "design_levels"),
+    "design": Stage(
+        lambda c, _: to_dict(c.design) if c.features.keep else {**to_dict(c.design), "features": _features_config(c)},
+        lambda c, _: (Ref("images"), Ref("features") if c.features.keep else Ref("encoder")),
+        "design_levels",
+    ),
     "latents": Stage(
         _latents_config,
-        lambda c, level: (Ref("images"),) if level == 1 else (_level_features(c, level), Ref("svd_basis", level)),
+        lambda c, level: (Ref("images"),) if level == 1 else (*_token_inputs(c, level), Ref("svd_basis", level)),
         "build_latents",
     ),
     "denoiser": Stage(
@@ -187,8 +207,10 @@ class Experiment:
                 return False  # a proposal, which nothing reads
             case ("text", _):
                 return self.config.conditioning.labels == "text"
+            case ("features", _):
+                return self.config.features.keep
             case ("crops", int(level)):
-                return self.config.has_crops(level)
+                return self.config.features.keep and self.config.has_crops(level)
             case ("moments" | "svd_basis", level):
                 return level != 1
             case _:

@@ -327,6 +327,32 @@ def test_mixed_precision_is_close_and_another_store(made: Experiment) -> None:
     assert 1e-4 < error < 3e-2
 
 
+@pytest.mark.parametrize("source", ["pooled", "patch"])
+def test_without_kept_features_latents_are_the_same(made: Experiment, source: Any) -> None:
+    """Encoded anew for bases and latents: the same bits as through the stores, which are then not there."""
+    levels = (
+        made.config.level(1),
+        replace(made.config.level(2), source=source),
+        replace(made.config.level(2), level=3, grid=1, source=source),
+    )
+    kept = Experiment(replace(made.config, levels=levels), made.root)
+    bare = Experiment(replace(kept.config, features=replace(kept.config.features, keep=False)), made.root)
+    for level in (2, 3):
+        if kept.config.has_crops(level):
+            stages.crops(kept, level)
+    for x in (kept, bare):
+        stages.bases(x)
+        stages.latents(x)
+    assert {ref.stage for ref in kept.refs()} - {ref.stage for ref in bare.refs()} >= {"features"}
+    for level in (2, 3):
+        assert bare.path(Ref("latents", level)) != kept.path(Ref("latents", level))
+        assert bare.artifact(Ref("svd_basis", level)).digest == kept.artifact(Ref("svd_basis", level)).digest
+        rows = np.arange(256)
+        np.testing.assert_array_equal(*(loading.open_latents(x, level).read(rows) for x in (bare, kept)))
+    one, other = (stages.design(x).info["eigenvalues"] for x in (bare, kept))
+    assert one == other
+
+
 def test_design_proposes_from_what_was_measured(
     made: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

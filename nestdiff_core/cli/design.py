@@ -16,9 +16,10 @@ from nestdiff_core.recipes import load_experiment
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from nestdiff_core.cli import add_experiment
+    from nestdiff_core.cli import add_device, add_experiment
 
     add_experiment(parser)
+    add_device(parser)
     parser.add_argument("--nats", type=float, help="information of the top level (default: design.nats)")
     parser.add_argument("--growth", type=float, help="how many times as much the next one has (default: design.growth)")
     parser.add_argument("--variance", type=float, help="share of variance kept at least (default: design.variance)")
@@ -27,13 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from nestdiff_core import stages
     from nestdiff_core.cli.inspect import format_table
+    from nestdiff_core.devices import choose_device
 
     config = load_experiment(arguments.experiment)
     given = {name: getattr(arguments, name) for name in ("nats", "growth", "variance")}
     changes = {name: value for name, value in given.items() if value is not None}
     x = Experiment(replace(config, design=replace(config.design, **changes)))
     progress = TerminalProgress()
-    artifact = stages.design(x, progress=progress)
+    artifact = stages.design(x, device=choose_device(arguments.device or config.runtime.device), progress=progress)
     progress.close()
     print("proposed\n" + format_table(proposal_table(artifact.info["proposals"])))
     if own := own_table(x):

@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     progress = TerminalProgress()
     device = choose_device(arguments.device or experiment.config.runtime.device)
-    optional = {"crops", "text"} - {ref.stage for ref in experiment.refs()}
+    optional = {"features", "crops", "text"} - {ref.stage for ref in experiment.refs()}
     for stage in arguments.stage or STAGES:
         if stage in optional:
             continue
@@ -49,8 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
                     )
                     if code:
                         return code
-            case "images" | "bases":
-                getattr(stages, stage)(experiment, progress=progress)
+            case "images":
+                stages.images(experiment, progress=progress)
             case "crops":
                 for level in range(1, experiment.config.num_levels + 1):
                     if experiment.config.has_crops(level):

@@ -50,6 +50,8 @@ class FeatureMaps(Protocol):
     shape: tuple[int, ...]
     rows_per_shard: tuple[int, ...]
 
+    def read_shard(self, shard: int) -> np.ndarray: ...
+
     def iterate_shards(self) -> Iterator[tuple[int, np.ndarray]]: ...
 
 

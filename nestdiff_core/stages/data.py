@@ -27,6 +27,7 @@ from nestdiff_core.encoders.weights import weights_digest
 from nestdiff_core.errors import ConfigError, InputError
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.images import ImageIndex, build_images, source_listing
+from nestdiff_core.latents.hierarchy import FeatureMaps
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stages.common import require_features, reuse
 from nestdiff_core.stores.writer import create_store, write_shard
@@ -235,3 +236,45 @@ def _captions(index: ImageIndex, shard: int) -> list[list[str]]:
             fix="Add a .txt (or .json with `captions`) member for each, or set conditioning.labels to none.",
         )
     return captions
+
+
+class EncodedMaps:
+    """A level's feature maps (N, views, C, S, S), encoded a shard at a time as they are asked for, and kept nowhere.
+
+    The same numbers as `features` or `crops` would store. level: whose; None for the whole image's map.
+    """
+
+    def __init__(self, x: Experiment, level: int | None, device: str) -> None:
+        artifact = x.artifact(Ref("encoder"))
+        self.index, self.encoder, self.device = loading.open_index(x), load_encoder(artifact, device=device), device
+        self.config, self.path = x.config.features, artifact.path
+        own = None if level is None else x.config.level(level)
+        self.grid = own.grid if own is not None and own.source == "patch" else None
+        row = feature_shapes(self.encoder)["map"]
+        if self.grid is not None:
+            row = (self.encoder.vector_channels, self.grid, self.grid)
+        self.rows_per_shard = tuple(shard.count for shard in self.index.shards)
+        self.shape: tuple[int, ...] = (self.index.num_images, 1 + self.config.flip, *row)
+
+    def read_shard(self, shard: int) -> np.ndarray:
+        return self._encode(self.index.read_shard(shard), shard)
+
+    def iterate_shards(self) -> Iterator[tuple[int, np.ndarray]]:
+        for shard, pixels in read_ahead(self.index.read_shard, range(len(self.rows_per_shard))):
+            yield shard, self._encode(pixels, shard)
+
+    def _encode(self, pixels: np.ndarray, shard: int) -> np.ndarray:
+        batch, dtype, flip = self.config.batch_size, self.config.dtype, self.config.flip
+        row = self.index.shards[shard].first_row
+        with encoding_precision(self.config.precision, self.device):
+            if self.grid is None or self.grid == 1:
+                both = extract_features(self.encoder, pixels, batch, dtype, first_row=row, flip=flip)
+                return both[0] if self.grid is None else both[1][..., None, None]
+            return extract_crops(self.encoder, pixels, self.grid, batch, dtype, first_row=row, flip=flip)
+
+
+def open_maps(x: Experiment, level: int | None, device: str) -> FeatureMaps:
+    """The feature maps that a level above 1 is pooled from (None: those of whole images), stored or encoded anew."""
+    if not x.config.features.keep:
+        return EncodedMaps(x, level, device)
+    return loading.open_features(x) if level is None else loading.open_level_features(x, level)

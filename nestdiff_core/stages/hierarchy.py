@@ -21,16 +21,19 @@ from nestdiff_core.latents.hierarchy import encode_levels, level_moments
 from nestdiff_core.latents.moments import Moments
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stages.common import require_features, reuse
+from nestdiff_core.stages.data import open_maps
 from nestdiff_core.stores.reader import StoreReader
 from nestdiff_core.stores.writer import create_store, write_shard
 
 STATISTICS_BYTES = 2**28  # float64 numbers of latents that are held at once
 
 
-def bases(x: Experiment, levels: Sequence[int] | None = None, *, progress: Progress = silent) -> dict[int, Artifact]:
+def bases(
+    x: Experiment, levels: Sequence[int] | None = None, *, device: str = "cpu", progress: Progress = silent
+) -> dict[int, Artifact]:
     """Fit and persist the SVD basis of each level (default: 2..L), all from one read of the features."""
     levels = range(2, x.config.num_levels + 1) if levels is None else levels
-    _moments(x, [level for level in levels if reuse(x, Ref("moments", level)) is None], progress)
+    _moments(x, [level for level in levels if reuse(x, Ref("moments", level)) is None], device, progress)
     made = {}
     for level in levels:
         ref = Ref("svd_basis", level)
@@ -45,7 +48,7 @@ def bases(x: Experiment, levels: Sequence[int] | None = None, *, progress: Progr
     return made
 
 
-def _moments(x: Experiment, levels: Sequence[int], progress: Progress) -> None:
+def _moments(x: Experiment, levels: Sequence[int], device: str, progress: Progress) -> None:
     if not levels:
         return
     index = loading.open_index(x)
@@ -53,7 +56,7 @@ def _moments(x: Experiment, levels: Sequence[int], progress: Progress) -> None:
     for level in levels:
         by_store.setdefault(x.level_features(level), []).append(level)
     for several in by_store.values():
-        reader = loading.open_level_features(x, several[0])
+        reader = open_maps(x, several[0], device)
         channels, side = reader.shape[2:4]
         for level in several:
             require_features(x.config.level(level), "svd_basis", channels=channels, side=side)
@@ -66,7 +69,7 @@ def _moments(x: Experiment, levels: Sequence[int], progress: Progress) -> None:
                 writer.seal(tokens=by_grid[grid].count)
 
 
-def design(x: Experiment, *, progress: Progress = silent) -> Artifact:
+def design(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -> Artifact:
     """Measure the spectrum of the feature map pooled to each grid, and propose levels from it (latents/design.py).
 
     info: `proposals`, a row per level from the top, and `eigenvalues` by grid.
@@ -74,7 +77,7 @@ def design(x: Experiment, *, progress: Progress = silent) -> Artifact:
     ref, config = Ref("design"), x.config.design
     if (made := reuse(x, ref)) is not None:
         return made
-    index, reader = loading.open_index(x), loading.open_features(x)
+    index, reader = loading.open_index(x), open_maps(x, None, device)
     side = reader.shape[-1]
     grids = config.grids or [2**power for power in range(side.bit_length()) if 2**power < side or side == 1]
     if max(grids) > side:
@@ -111,7 +114,7 @@ def latents(
     index, config = loading.open_index(x), x.config.features
     autoencoder, views = make_autoencoder(x.config.autoencoder, device=device), 1 + config.flip
     level_bases = {level: loading.open_basis(x, level) for level in todo if level > 1}
-    readers = {level: loading.open_level_features(x, level) for level in level_bases}
+    readers = {level: open_maps(x, level, device) for level in level_bases}
     with contextlib.ExitStack() as stack:
         writers: dict[int, ArtifactWriter] = {}
         for level in todo:

@@ -244,6 +244,18 @@ def test_the_sensor_waits_for_this_configuration_and_tries_again() -> None:
         assert isinstance(sensor(context), dg.SkipReason)
 
 
+def test_features_that_are_not_kept_are_no_asset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """build_latents then goes from the encoder to the bases; latents are those of the toy."""
+    monkeypatch.setenv("NESTDIFF_HOME", str(tmp_path))
+    config = replace(toy(), features=replace(toy().features, keep=False))
+    definitions = build_definitions(config)
+    keys = {key.to_user_string() for key in definitions.resolve_asset_graph().materializable_asset_keys}
+    assert "toy/features" not in keys and "toy/svd_basis_level_2" in keys
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert definitions.resolve_job_def("build_latents").execute_in_process(instance=instance).success
+    assert Experiment(config, tmp_path).artifact(Ref("latents", 2)).verify() > 0
+
+
 def test_a_changed_source_is_noticed_loses_partitions_and_a_rechecked_one_makes_nothing_stale(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
