@@ -1,7 +1,7 @@
 """From one feature map to the latents of every level: pool to the level's grid, project on its basis.
 
 Every level pools the full map; a 4x4 grid pooled from 8x8 is another one than 4x4 pooled from 14x14. One read of the
-features serves all levels. Level 1, the image, is the autoencoder's (autoencoders.py).
+features serves all levels. Level 1, the image, is the autoencoder's (autoencoders/).
 """
 
 from __future__ import annotations
