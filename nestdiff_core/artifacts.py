@@ -27,9 +27,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nestdiff_core.errors import EnvironmentFault, IntegrityError
+from nestdiff_core.errors import EnvironmentFault, IntegrityError, LockHeld
+
+if TYPE_CHECKING:
+    from nestdiff_core.mirror import Mirror
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -205,7 +208,7 @@ class DirectoryLock:
         except OSError:
             holder = os.read(handle, 200).decode(errors="replace").strip()
             os.close(handle)
-            raise EnvironmentFault(
+            raise LockHeld(
                 "Another process is writing here",
                 stage=self.stage,
                 level=self.level,
@@ -229,10 +232,14 @@ class DirectoryLock:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A sealed artifact: its directory and what its manifest says."""
+    """A sealed artifact: its directory and what its manifest says.
+
+    mirror: where large files are that have not been brought to this machine; None: everything is here.
+    """
 
     path: Path
     manifest: dict[str, Any]
+    mirror: Mirror | None = None
 
     @property
     def stage(self) -> str:
@@ -258,10 +265,34 @@ class Artifact:
     def verify(self) -> int:
         """Compare every file with the manifest: the bytes read, or an IntegrityError at the first difference."""
         total = 0
+        for found in self.check():
+            if isinstance(found, IntegrityError):
+                raise found
+            total += found
+        return total
+
+    def check(self) -> Iterator[int | IntegrityError]:
+        """For every file of the manifest its bytes, or what is wrong with it.
+
+        Of a file that is in object storage only, the size is compared; its content is when it is fetched.
+        """
         beside = {name: record for name, record in self.manifest["beside"].items() if record is not None}
         for name, record in (self.manifest["files"] | beside).items():
-            total += check_file(self.path / name, record, stage=self.stage, level=self.level)
-        return total
+            try:
+                here = not self._elsewhere(name, record)
+                yield check_file(self.path / name, record, stage=self.stage, level=self.level) if here else 0
+            except IntegrityError as error:
+                yield error
+
+    def fetch(self, name: str) -> Path:
+        """The file `name` of the manifest on this machine, from object storage where it is not here yet."""
+        if self.mirror is None:
+            return self.path / name
+        return self.mirror.fetch(self.path, name, self.manifest["files"][name])
+
+    def _elsewhere(self, name: str, record: dict[str, Any]) -> bool:
+        missing = self.mirror is not None and is_bulk(name) and not (self.path / name).is_file()
+        return missing and self.mirror is not None and self.mirror.has(self.path, name, record)
 
 
 def file_record(path: Path) -> dict[str, Any]:
@@ -297,11 +328,17 @@ def check_file(path: Path, record: dict[str, Any], *, stage: str | None = None, 
     return record["size"]
 
 
+def is_bulk(name: str) -> bool:
+    """Whether a file of an artifact is a shard: of a zarr store, or of images. All others are small."""
+    folder, _, rest = name.partition("/")
+    return folder == "shards" or (folder == "store.zarr" and rest.rpartition("/")[2].startswith("c."))
+
+
 def is_sealed(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def open_artifact(path: Path, *, stage: str, expected: str | None = None) -> Artifact:
+def open_artifact(path: Path, *, stage: str, expected: str | None = None, mirror: Mirror | None = None) -> Artifact:
     """The sealed artifact at `path`, or an IntegrityError; `expected` is the fingerprint that it must have."""
     version = read_json(path / MANIFEST, stage=stage).get("schema_version")
     if version != SCHEMA_VERSION:  # asked first: another version may vouch for itself in another way
@@ -325,31 +362,45 @@ def open_artifact(path: Path, *, stage: str, expected: str | None = None) -> Art
             found=manifest["fingerprint"],
             fix=f"Remove {path} and materialise its stage again.",
         )
-    return Artifact(path, manifest)
+    return Artifact(path, manifest, mirror)
 
 
 class ArtifactWriter:
     """Collects an artifact's files and seals it. Use through `writing`."""
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
-        self.path, self.header = path, header
+    def __init__(self, path: Path, header: dict[str, Any], mirror: Mirror | None = None) -> None:
+        self.path, self.header, self.mirror = path, header, mirror
+        self._remade = mirror is not None and mirror.published(path) is not None  # on purpose: it is not what it was
+        self._parts: dict[str, dict[str, Any]] = {}  # records of the parts that are whole
 
     def part(self, name: str) -> dict[str, Any] | None:
         """The committed record of partition `name`, or None; a part whose files changed does not count."""
         path = self.path / PARTS / f"{name}.json"
-        if not path.is_file():
+        shared = None if self.mirror is None else self.mirror.part(self.path, name)
+        if shared is None and not path.is_file():
             return None
-        record = read_json(path, stage=self.header["stage"])
+        record = read_json(path, stage=self.header["stage"]) if shared is None else shared
         try:
             for file, expected in record["files"].items():
-                check_file(self.path / file, expected, stage=self.header["stage"])
+                local = self.path / file
+                if shared is None or self.mirror is None or not self.mirror.has(self.path, file, expected):
+                    check_file(local, expected, stage=self.header["stage"])
+                elif local.is_file() and file_record(local) != expected:
+                    local.unlink()
         except IntegrityError:
-            path.unlink()
+            path.unlink(missing_ok=True)
             return None
+        if self.mirror is not None:
+            record = self.mirror.commit_part(self.path, name, record) if shared is None else record
+            write_json(path, record)
+        self._parts[name] = record
         return record
 
     def commit_part(self, name: str, files: Iterable[Path], **info: Any) -> dict[str, Any]:
-        """Record that partition `name` is whole. Its files must be on disk already; they are flushed here."""
+        """Record that partition `name` is whole. Its files must be on disk already; they are flushed here.
+
+        With a mirror the record that is returned may be another machine's, which has committed the partition first.
+        """
         records = {}
         for file in files:
             with file.open("rb") as handle:
@@ -357,8 +408,21 @@ class ArtifactWriter:
             fsync_directory(file.parent)
             records[file.relative_to(self.path).as_posix()] = file_record(file)
         record = {"files": records, **info}
+        if self.mirror is not None and records:
+            record = self.mirror.commit_part(self.path, name, record)
+            self.mirror.make_room(self.path)
         write_json(self.path / PARTS / f"{name}.json", record)
+        self._parts[name] = record
         return record
+
+    def fetch(self, name: str) -> Path:
+        """The file `name` of a committed part on this machine, from object storage where it is not here."""
+        if self.mirror is None:
+            return self.path / name
+        return self.mirror.fetch(self.path, name, self._part_files()[name])
+
+    def _part_files(self) -> dict[str, dict[str, Any]]:
+        return {name: record for part in self._parts.values() for name, record in part["files"].items()}
 
     def seal(self, *, beside: tuple[str, ...] = (), **info: Any) -> Artifact:
         """Hash what was written and write the manifest: from here on the artifact exists.
@@ -368,18 +432,19 @@ class ArtifactWriter:
         with environment_faults(self.path):
             self._remove_temporaries()
             fsync_tree(self.path)
-        files = {}
-        for path in sorted(p for p in self.path.rglob("*") if p.is_file()):
-            relative = path.relative_to(self.path).as_posix()
-            if relative.split("/")[0] not in (PARTS, LOCK, MANIFEST, *beside):
-                files[relative] = file_record(path)
+        committed, files = self._part_files(), {}
+        names = {path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if path.is_file()}
+        for name in sorted(names | set(committed)):
+            if name.split("/")[0] not in (PARTS, LOCK, MANIFEST, *beside):
+                files[name] = committed.get(name) or file_record(self.path / name)
         digest = fingerprint({name: record["sha256"] for name, record in files.items()})
         manifest = {**self.header, "digest": digest, "code_version": code_version(), "files": files, "info": info}
         manifest["beside"] = {
             name: file_record(self.path / name) if (self.path / name).is_file() else None for name in beside
         }
         write_sealed_json(self.path / MANIFEST, manifest)
-        return Artifact(self.path, manifest)
+        artifact = Artifact(self.path, manifest, self.mirror)
+        return artifact if self.mirror is None else self.mirror.publish(artifact, replace=self._remade)
 
     def _remove_temporaries(self) -> None:
         for path in list(self.path.rglob(f"{TEMPORARY}*")) + list(self.path.rglob("*.partial")):
@@ -390,14 +455,16 @@ class ArtifactWriter:
 
 
 @contextlib.contextmanager
-def writing(path: Path, header: dict[str, Any], *, keep_parts: bool = False) -> Iterator[ArtifactWriter]:
+def writing(
+    path: Path, header: dict[str, Any], *, keep_parts: bool = False, mirror: Mirror | None = None
+) -> Iterator[ArtifactWriter]:
     """Write an artifact at `path` under its lock: to be sealed within the block, or what was there before comes back.
 
     header: stage, level, fingerprint, config, inputs. With `keep_parts` the files of an earlier attempt stay where
-    they are, for a stage that continues; what was sealed is unsealed meanwhile.
+    they are, for a stage that continues; what was sealed is unsealed meanwhile. mirror: where it is put as well.
     """
     with DirectoryLock(path, stage=header["stage"], level=header["level"]), environment_faults(path):
-        writer = ArtifactWriter(path, {"schema_version": SCHEMA_VERSION, **header})
+        writer = ArtifactWriter(path, {"schema_version": SCHEMA_VERSION, **header}, mirror)
         if keep_parts:
             (path / MANIFEST).unlink(missing_ok=True)
             writer._remove_temporaries()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nestdiff_core.artifacts import LOCK, MANIFEST, PARTS, TEMPORARY, DirectoryLock, is_sealed, read_json
-from nestdiff_core.errors import EnvironmentFault, IntegrityError
+from nestdiff_core.errors import IntegrityError, LockHeld
 from nestdiff_core.experiment import STAGES, Experiment
 from nestdiff_core.search import candidate
 
@@ -43,7 +43,7 @@ def find_litter(root: Path, keep: Iterable[Experiment] | None = None) -> Iterato
         try:
             with DirectoryLock(folder):
                 unnamed = list(_unnamed(folder))
-        except EnvironmentFault:  # being written
+        except LockHeld:
             continue
         if used is None or folder in used:
             yield from unnamed

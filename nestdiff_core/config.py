@@ -37,9 +37,10 @@ class ImagesConfig:
     source: Literal["digits", "toy", "folder", "webdataset"] = knob(
         "folder",
         "digits: scikit-learn's 8x8 digits; toy: 256 of them; folder: image files below `path`; "
-        "webdataset: tar shards at `path` (a folder, or a pattern such as data/train-*.tar).",
+        "webdataset: tar shards at `path` (a folder, or a pattern such as data/train-*.tar or "
+        "s3://bucket/train-{00000..01023}.tar).",
     )
-    path: str = knob("", "Folder or shard pattern, for the sources folder and webdataset; ~ is expanded.")
+    path: str = knob("", "Folder, or for webdataset also a pattern or URL (s3, gs, az, https); ~ is expanded.")
     resolution: int = knob(64, "Side of the square image in pixels: short side resized (bicubic), centre cropped.")
     channels: Literal[1, 3] = knob(3, "3: RGB; 1: grey-scale.")
     labels: bool = knob(

@@ -103,6 +103,10 @@ class EnvironmentFault(NestdiffError, OSError):
         return NestdiffError.__str__(self)
 
 
+class LockHeld(EnvironmentFault):
+    """Another process of this machine is writing there."""
+
+
 class NumericsError(NestdiffError, ArithmeticError):
     """A non-finite or unusable number, named by step, key or channel."""
 

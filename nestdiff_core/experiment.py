@@ -14,14 +14,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nestdiff_core.artifacts import SCHEMA_VERSION, Artifact, fingerprint, is_sealed, open_artifact, read_json
+from nestdiff_core.artifacts import (
+    SCHEMA_VERSION,
+    Artifact,
+    ArtifactWriter,
+    fingerprint,
+    is_sealed,
+    open_artifact,
+    read_json,
+    writing,
+)
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.config_io import to_dict
 from nestdiff_core.errors import IntegrityError
+from nestdiff_core.mirror import Mirror
 
 
 class Ref(NamedTuple):
@@ -184,11 +195,15 @@ def home() -> Path:
 
 
 class Experiment:
-    """An experiment's configuration joined with the artifact root: resolves every stage's artifact."""
+    """An experiment's configuration joined with the artifact root: resolves every stage's artifact.
+
+    mirror: the object storage that holds artifacts for several machines, where NESTDIFF_REMOTE names one.
+    """
 
     def __init__(self, config: ExperimentConfig, root: Path | None = None) -> None:
         self.config = config
         self.root = root if root is not None else home()
+        self.mirror = Mirror.from_environment(self.root)
 
     def refs(self) -> list[Ref]:
         """Every artifact that this experiment needs, in the order in which they are made."""
@@ -265,7 +280,17 @@ class Experiment:
             path = self.path(ref)
         except IntegrityError:
             return None
-        return open_artifact(path, stage=ref.stage, expected=path.name) if is_sealed(path) else None
+        return self._open(ref, path)
+
+    def _open(self, ref: Ref, path: Path) -> Artifact | None:
+        """The sealed artifact of `path`, brought here from object storage if need be."""
+        if not is_sealed(path) and (self.mirror is None or not self.mirror.pull(path)):
+            return None
+        return open_artifact(path, stage=ref.stage, expected=path.name, mirror=self.mirror)
+
+    def writing(self, ref: Ref, *, keep_parts: bool = False) -> AbstractContextManager[ArtifactWriter]:
+        """Write the artifact under its lock; see `artifacts.writing`."""
+        return writing(self.path(ref), self.header(ref), keep_parts=keep_parts, mirror=self.mirror)
 
     def artifact(self, ref: Ref, *, _known: Known | None = None) -> Artifact:
         """The sealed artifact; else an IntegrityError: what is missing, what differs from the nearest one, the cure."""
@@ -273,9 +298,9 @@ class Experiment:
         if ref in known:
             return known[ref]
         path = self.root / ref.stage / self.header(ref, _known=known)["fingerprint"]
-        if is_sealed(path):
-            known[ref] = open_artifact(path, stage=ref.stage, expected=path.name)
-            return known[ref]
+        if (sealed := self._open(ref, path)) is not None:
+            known[ref] = sealed
+            return sealed
         job = STAGES[ref.stage].job.format(level=ref.level)
         expected, found = self._nearest(ref, path)
         raise IntegrityError(

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nestdiff_core.artifacts import Artifact, ArtifactWriter
 from nestdiff_core.autoencoders import Autoencoder, make_autoencoder
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.diffusion.cascade import sample_cascade
@@ -57,6 +58,11 @@ class SplitImages:
         return self._images[row - self._first_rows[shard]]
 
 
+def open_array(artifact: Artifact | ArtifactWriter, array: str) -> StoreReader:
+    """One array of an artifact's store."""
+    return StoreReader(artifact.path / STORE, array, None if artifact.mirror is None else artifact.fetch)
+
+
 def open_features(x: Experiment, array: str = "map", ref: Ref = FEATURES) -> StoreReader:
     """The stored encoder outputs, of exactly the images of the index.
 
@@ -74,7 +80,7 @@ def open_features(x: Experiment, array: str = "map", ref: Ref = FEATURES) -> Sto
             found=artifact.info["images"],
             fix=f"Materialise `{ref.stage}` again: only new or changed shards are encoded.",
         )
-    return StoreReader(artifact.path / STORE, array)
+    return open_array(artifact, array)
 
 
 class VectorMaps:
@@ -107,7 +113,7 @@ def open_basis(x: Experiment, level: int) -> Basis:
 
 
 def open_latents(x: Experiment, level: int) -> StoreReader:
-    return StoreReader(x.artifact(Ref("latents", level)).path / STORE, LATENT)
+    return open_array(x.artifact(Ref("latents", level)), LATENT)
 
 
 def open_autoencoder(x: Experiment, *, device: str = "cpu") -> Autoencoder:

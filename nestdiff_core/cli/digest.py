@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from nestdiff_core.artifacts import Artifact
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.recipes import load_experiment
 
@@ -43,11 +44,12 @@ def experiment_digests(x: Experiment) -> dict[str, str | None]:
         if ref.stage == "denoiser":
             digests |= _denoiser(name, artifact.path if artifact else None)
         else:
-            digests[name] = _hash_content(ref, artifact.path) if artifact else None
+            digests[name] = _hash_content(ref, artifact) if artifact else None
     return digests
 
 
-def _hash_content(ref: Ref, path: Path) -> str:
+def _hash_content(ref: Ref, artifact: Artifact) -> str:
+    path = artifact.path
     match ref.stage:
         case "images":
             import pyarrow.parquet
@@ -55,11 +57,7 @@ def _hash_content(ref: Ref, path: Path) -> str:
             table = pyarrow.parquet.read_table(path / "index.parquet")
             return _hash_plain(table.to_pylist())
         case "features" | "crops" | "text" | "latents":
-            import numpy as np
-            import zarr
-
-            group = zarr.open_group(path / "store.zarr", mode="r")
-            return _hash_arrays((name, np.asarray(group[name])) for name in sorted(group.array_keys()))
+            return _hash_store(artifact)
         case "moments":
             import numpy as np
 
@@ -80,6 +78,23 @@ def _hash_content(ref: Ref, path: Path) -> str:
                 {"metrics": {name: n["value"] for name, n in record["metrics"].items()}, "probe": record["probe"]}
             )
     raise AssertionError(f"no digest is defined for stage {ref.stage}")
+
+
+def _hash_store(artifact: Artifact) -> str:
+    """As `_hash_arrays` of all arrays of a store, a shard at a time."""
+    import numpy as np
+    import zarr
+
+    group, total = zarr.open_group(artifact.path / "store.zarr", mode="r"), hashlib.sha256()
+    for name in sorted(group.array_keys()):
+        array: Any = group[name]
+        total.update(_header(name, array))
+        for shard in range(-(-array.shape[0] // array.shards[0])):
+            file = f"store.zarr/{name}/c.{shard}" + ".0" * (array.ndim - 1)
+            if file in artifact.manifest["files"]:
+                artifact.fetch(file)
+            total.update(np.asarray(array[shard * array.shards[0] : (shard + 1) * array.shards[0]]).tobytes())
+    return total.hexdigest()
 
 
 def _denoiser(name: str, path: Path | None) -> dict[str, str | None]:
@@ -107,9 +122,13 @@ def _hash_arrays(arrays: Iterable[tuple[str, Any]]) -> str:
     """Over name, type, shape and bytes of each array in order."""
     total = hashlib.sha256()
     for name, array in arrays:
-        total.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        total.update(_header(name, array))
         total.update(array.tobytes())
     return total.hexdigest()
+
+
+def _header(name: str, array: Any) -> bytes:
+    return f"{name} {array.dtype.str} {array.shape}\n".encode()
 
 
 def _hash_plain(data: Any) -> str:

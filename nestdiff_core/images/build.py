@@ -28,7 +28,7 @@ from nestdiff_core.config import ImagesConfig
 from nestdiff_core.errors import InputError
 from nestdiff_core.images.index import CLASSES, INDEX, REJECTS, SCHEMA, SHARDS, SPLITS
 from nestdiff_core.images.pixels import decode, encode_png, square
-from nestdiff_core.images.sources import TOY_IMAGES, Digits, Folder, Reject, Sample, Shards
+from nestdiff_core.images.sources import TOY_IMAGES, Digits, Folder, Reject, Sample, Shards, shard_cache
 from nestdiff_core.progress import Progress, silent
 
 T = TypeVar("T")
@@ -56,18 +56,17 @@ def build_images(config: ImagesConfig, writer: ArtifactWriter, *, progress: Prog
 
 
 def source_listing(config: ImagesConfig) -> str | None:
-    """A hash of the names, sizes and times of a source's files, which tells that it has changed without reading it.
+    """A hash of names, sizes and times (or entity tags) of a source's files: tells a change without reading them.
 
     None for the sources that cannot change. Raises InputError for a source that is not there.
     """
     match config.source:
         case "folder":
-            paths = Folder(config).paths
+            return fingerprint([[str(p), (s := p.stat()).st_size, s.st_mtime_ns] for p in Folder(config).paths])
         case "webdataset":
-            paths = Shards(config).paths
+            return fingerprint([[file.place, file.state()] for file in Shards(config).files])
         case "digits" | "toy":
             return None
-    return fingerprint([[str(path), (status := path.stat()).st_size, status.st_mtime_ns] for path in paths])
 
 
 def split_fraction(seed: int, key: str) -> float:
@@ -83,24 +82,25 @@ def _build_files(source: Digits | Folder, config: ImagesConfig, path: Path, prog
         while images := list(itertools.islice(kept, config.images_per_shard)):
             file = path / "shards" / f"{len(ledger.shards):05d}.tar"
             _write_tar(file, images)
-            ledger.add_shard(file, images, rows=range(len(images)))
+            ledger.add_shard(file, images, range(len(images)), place=f"shards/{file.name}")
     return ledger.finish(source.class_names, ignored_files=source.ignored_files)
 
 
 def _build_shards(source: Shards, config: ImagesConfig, path: Path, progress: Progress) -> dict[str, Any]:
     """Index a user's shards where they lie; damaged ones end the stage once all have been read."""
-    damaged = []
+    damaged, cache = [], shard_cache(path.parents[1])
     with _accounts(path, config) as ledger:
-        for file in _counted(source.paths, len(source.paths), progress, what="shards"):
+        for file in _counted(source.files, len(source.files), progress, what="shards"):
             try:
-                images = list(ledger.kept(source.samples(file), repack=False))
+                local = file.fetch(cache)
+                images = list(ledger.kept(source.samples(file, local), repack=False))
             except InputError as error:
                 damaged.append(error)
             else:
                 if images:
-                    ledger.add_shard(file, images, rows=[image.sample.row for image in images])
+                    ledger.add_shard(local, images, [image.sample.row for image in images], place=file.place)
     if damaged:
-        raise _together(damaged, len(source.paths))
+        raise _together(damaged, len(source.files))
     return ledger.finish([str(number) for number in range(1 + max(ledger.labels))])
 
 
@@ -194,8 +194,8 @@ class _Ledger:
                     else:
                         yield found
 
-    def add_shard(self, file: Path, images: list[_Image], rows: Iterable[int]) -> None:
-        """Record a shard whose images have the given positions in its tar."""
+    def add_shard(self, file: Path, images: list[_Image], rows: Iterable[int], *, place: str) -> None:
+        """Record a shard whose images have the given positions in its tar. place: where it will be looked for."""
         number = len(self.shards)
         samples = [image.sample for image in images]
         splits = [self._split(sample) for sample in samples]
@@ -211,8 +211,7 @@ class _Ledger:
             "sha256": [image.sha256 for image in images],
         }
         self._index.write_table(pa.table(columns, schema=SCHEMA))
-        path = file.relative_to(self.path) if file.is_relative_to(self.path) else file
-        self.shards.append({"name": f"{number:05d}", "path": str(path), **file_record(file), "count": len(samples),
+        self.shards.append({"name": f"{number:05d}", "path": place, **file_record(file), "count": len(samples),
                             "first_row": self._counts["kept"]})  # fmt: skip
         self._counts["kept"] += len(samples)
         self._counts["animated"] += sum(image.animated for image in images)

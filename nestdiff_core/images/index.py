@@ -28,7 +28,8 @@ from nestdiff_core.artifacts import Artifact, check_file, read_json
 from nestdiff_core.errors import IntegrityError
 from nestdiff_core.images import tars
 from nestdiff_core.images.pixels import load_pixels
-from nestdiff_core.images.sources import image_member
+from nestdiff_core.images.sources import fetch_shard, image_member, shard_cache
+from nestdiff_core.remote import is_url
 
 INDEX, SHARDS, CLASSES, REJECTS = "index.parquet", "shards.json", "classes.json", "rejects.jsonl"
 SPLITS = ("train", "held_out")
@@ -40,10 +41,10 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: `count` images, whose global numbers begin at `first_row`."""
+    """One tar, at a path or a URL: `count` images, whose global numbers begin at `first_row`."""
 
     name: str
-    path: Path
+    path: str
     size: int
     sha256: str
     count: int
@@ -63,7 +64,7 @@ class ImageIndex:
         self.channels: int = artifact.info["channels"]
         self.class_names: list[str] = read_json(artifact.path / CLASSES, stage="images")
         self.shards = [
-            Shard(**{**record, "path": artifact.path / record["path"]})  # an absolute path stays what it is
+            Shard(**{**record, "path": _absolute(artifact.path, record["path"])})
             for record in read_json(artifact.path / SHARDS, stage="images")
         ]
         self._verified: set[int] = set()
@@ -138,9 +139,9 @@ class ImageIndex:
         shard, when it is missing or has changed.
         """
         shard = self.shards[k]
-        self._verify(k)
+        path = self._local_file(k)
         wanted = set(self._column("row")[shard.rows].tolist())
-        images = [image_member(members) for row, members in enumerate(tars.read_samples(shard.path)) if row in wanted]
+        images = [image_member(members) for row, members in enumerate(tars.read_samples(path)) if row in wanted]
         if len(images) != shard.count:
             raise IntegrityError(
                 f"Shard {shard.name} holds another number of images",
@@ -170,17 +171,32 @@ class ImageIndex:
         if len(rows):
             yield rows, images
 
-    def _verify(self, k: int) -> None:
-        if k in self._verified:
-            return
-        shard = self.shards[k]
+    def _local_file(self, k: int) -> Path:
+        """The tar of shard `k` on this machine, compared with its recorded size and sha256 the first time."""
+        shard, own = self.shards[k], Path(self.shards[k].path).is_relative_to(self.artifact.path)
+        if is_url(shard.path):
+            path = fetch_shard(shard.path, shard.sha256, shard.size, shard_cache(self.artifact.path.parents[1]))
+        elif own:
+            path = self.artifact.fetch(Path(shard.path).relative_to(self.artifact.path).as_posix())
+        else:
+            path = Path(shard.path)
+        if k in self._verified and path.is_file():
+            return path
         try:
-            check_file(shard.path, {"size": shard.size, "sha256": shard.sha256}, stage="images")
+            check_file(path, {"size": shard.size, "sha256": shard.sha256}, stage="images")
         except IntegrityError as error:
-            error.key = shard.name
-            if shard.path.is_relative_to(self.artifact.path):
+            error.key, error.path = shard.name, shard.path
+            if is_url(shard.path):
+                path.unlink(missing_ok=True)
+            if own:
                 error.fix = f"Remove {self.artifact.path} and materialise images again."
             else:
                 error.fix = "Put the shard back as it was, or materialise images again and all that was made from it."
             raise
         self._verified.add(k)
+        return path
+
+
+def _absolute(folder: Path, path: str) -> str:
+    """Shards of the artifact's own are recorded relative to it; others by their absolute path or URL."""
+    return path if is_url(path) else str(folder / path)

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,14 +20,17 @@ from urllib.parse import quote
 import numpy as np
 from braceexpand import braceexpand
 
+from nestdiff_core.artifacts import TEMPORARY, sha256_file
 from nestdiff_core.config import ImagesConfig
 from nestdiff_core.errors import InputError
 from nestdiff_core.images import tars
 from nestdiff_core.images.pixels import encode_png
+from nestdiff_core.remote import Remote, cache_bytes, is_url, make_room
 
 IMAGE_SUFFIXES = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif"})
 TOY_IMAGES = 256
 MAX_CLASSES = 100_000
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "held_out", "valid": "held_out", "validation": "held_out",
                "test": "held_out", "heldout": "held_out"}  # fmt: skip
 
@@ -196,49 +200,101 @@ def _named_splits(names: set[str]) -> dict[str, str]:
 # --- WebDataset shards --------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class ShardFile:
+    """A tar of images at `place`, a path or a URL."""
+
+    place: str
+    remote: Remote | None = None  # the folder that it is in, for a URL
+
+    @property
+    def name(self) -> str:
+        return self.place.rpartition("/")[2]
+
+    def state(self) -> str | None:
+        """What tells that it has changed without reading it; None where it is not there."""
+        if self.remote is not None:
+            return self.remote.state(self.name)
+        path = Path(self.place)
+        return f"{(status := path.stat()).st_size} {status.st_mtime_ns}" if path.is_file() else None
+
+    def fetch(self, cache: Path) -> Path:
+        """Its file on this machine: a URL's is copied into `cache`, under the hash of its content."""
+        if self.remote is None:
+            return Path(self.place)
+        make_room(cache.glob("*.tar"), cache_bytes(), self.remote.size(self.name) or 0)
+        copy = cache / f"{TEMPORARY}{self.name}"
+        self.remote.fetch(self.name, copy)
+        return copy.rename(cached_shard(cache, sha256_file(copy)))
+
+
+def cached_shard(cache: Path, sha256: str) -> Path:
+    """Where the copy of a URL's shard lies."""
+    return cache / f"{sha256}.tar"
+
+
+def shard_cache(root: Path) -> Path:
+    """Where an artifact root keeps copies of shards that are in object storage."""
+    return root / "cache"
+
+
+def fetch_shard(place: str, sha256: str, size: int, cache: Path) -> Path:
+    """The file on this machine of a URL's shard that the index knows."""
+    path = cached_shard(cache, sha256)
+    if not path.is_file():
+        make_room(cache.glob("*.tar"), cache_bytes(), size)
+        folder, _, name = place.rpartition("/")
+        Remote(folder).fetch(name, path)
+    return path
+
+
 class Shards:
     """Tar shards in a folder, or those that a pattern names (`*`, `?`, `{00000..00009}`), in the order of their paths.
 
-    A shard whose file name holds train, or val or test, belongs to that split, when all of them say so.
+    The folder or pattern may be a URL of object storage, or (braces only) of a web server. A shard whose file name
+    holds train, or val or test, belongs to that split, when all of them say so.
     """
 
     def __init__(self, config: ImagesConfig) -> None:
-        self.paths = _shard_paths(config.path)
+        self.files = _remote_shards(config.path) if is_url(config.path) else _local_shards(config.path)
         self._labels = config.labels
-        self._splits = _named_splits({path.name for path in self.paths})
+        self._splits = _named_splits({file.name for file in self.files})
 
-    def samples(self, path: Path) -> Iterator[Sample | Reject]:
-        """The samples of one shard; InputError when the tar is not whole."""
-        scan = tars.scan(path)
+    def samples(self, file: ShardFile, path: Path) -> Iterator[Sample | Reject]:
+        """The samples of one shard, whose content is at `path`; InputError when the tar is not whole."""
+        scan = tars.scan(path, file.place)
         for skipped in scan.skipped:
-            yield Reject(str(path), skipped.name, skipped.reason)
+            yield Reject(file.place, skipped.name, skipped.reason)
         if scan.num_samples == 0:
             raise InputError(
-                f"{path.name} holds no samples", stage="images", path=path, fix="Get this shard again, or remove it."
+                f"{file.name} holds no samples",
+                stage="images",
+                path=file.place,
+                fix="Get this shard again, or remove it.",
             )
         row = -1
         for row, members in enumerate(tars.read_samples(path)):
-            yield self._sample(path, row, members)
+            yield self._sample(file, row, members)
         if row + 1 != scan.num_samples:
             raise InputError(
-                f"{path.name} changed while it was read",
+                f"{file.name} changed while it was read",
                 stage="images",
-                path=path,
+                path=file.place,
                 expected=scan.num_samples,
                 found=row + 1,
                 fix="Let nothing write to the shards, then run the same command again.",
             )
 
-    def _sample(self, path: Path, row: int, members: dict[str, Any]) -> Sample | Reject:
+    def _sample(self, file: ShardFile, row: int, members: dict[str, Any]) -> Sample | Reject:
         key = members["__key__"]
         try:
             _check_key(key)
             label = _label(members) if self._labels else -1
             return Sample(
-                str(path), key, image_member(members), label, _captions(members), self._splits.get(path.name), row
+                file.place, key, image_member(members), label, _captions(members), self._splits.get(file.name), row
             )
         except ValueError as error:
-            return Reject(str(path), key, str(error))
+            return Reject(file.place, key, str(error))
 
 
 def image_member(members: dict[str, Any]) -> bytes:
@@ -287,44 +343,57 @@ def _captions(members: dict[str, Any]) -> list[str]:
         raise ValueError(f"has a caption that cannot be read ({error})") from None
 
 
-def _shard_paths(pattern: str) -> list[Path]:
-    if re.match(r"[A-Za-z0-9+.-]{2,}:", pattern):
-        raise InputError(
-            "images.path is not a local path",
-            stage="images",
-            path=pattern,
-            key="images.path",
-            expected="a folder, or a pattern of tar files",
-            fix="Copy the shards to this machine; pipes and URLs are not opened.",
-        )
+def _local_shards(pattern: str) -> list[ShardFile]:
     place = Path(pattern).expanduser().absolute()
-    suffixes = (".tar", ".tar.gz", ".tgz")
     if place.is_dir():
-        paths = [path for path in place.iterdir() if path.name.endswith(suffixes)]
+        paths = [path for path in place.iterdir() if path.name.endswith(TAR_SUFFIXES)]
     else:
-        try:
-            expanded = list(braceexpand(str(place)))
-        except ValueError:  # unbalanced braces
-            expanded = [str(place)]
+        expanded = _expand_braces(str(place))
         paths = [Path(path) for name in expanded for path in (glob.glob(name) or [name])]
         if len(expanded) == 1 and not any(path.exists() for path in paths):
             paths = []
-    if not paths:
+    return _all_there([ShardFile(str(path)) for path in sorted(set(paths))], pattern)
+
+
+def _remote_shards(pattern: str) -> list[ShardFile]:
+    files = set()
+    for url in _expand_braces(pattern.rstrip("/")):
+        folder, _, name = url.rpartition("/")
+        if glob.has_magic(name):
+            remote = Remote(folder)
+            files |= {ShardFile(f"{folder}/{key}", remote) for key in remote.sizes("") if fnmatch(key, name)}
+        elif name.endswith(TAR_SUFFIXES):
+            files.add(ShardFile(url, Remote(folder)))
+        else:
+            remote = Remote(url)
+            files |= {ShardFile(f"{url}/{key}", remote) for key in remote.sizes("") if key.endswith(TAR_SUFFIXES)}
+    return _all_there(sorted(files, key=lambda file: file.place), pattern)
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand(pattern))
+    except ValueError:  # unbalanced
+        return [pattern]
+
+
+def _all_there(files: list[ShardFile], pattern: str) -> list[ShardFile]:
+    if not files:
         raise InputError(
             "images.path matches no shards",
             stage="images",
-            path=place,
+            path=pattern,
             key="images.path",
-            expected=f"files ending in {', '.join(suffixes)}",
+            expected=f"files ending in {', '.join(TAR_SUFFIXES)}",
             fix="Correct images.path.",
         )
-    if missing := [str(path) for path in paths if not path.is_file()]:
+    if missing := [file.place for file in files if file.state() is None]:
         raise InputError(
-            f"{len(missing)} of {len(paths)} shards are missing",
+            f"{len(missing)} of {len(files)} shards are missing",
             stage="images",
             path=missing[0],
             key="images.path",
             found=missing[:5],
             fix="Correct images.path, or get the missing shards.",
         )
-    return sorted(set(paths))
+    return files

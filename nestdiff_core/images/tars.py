@@ -46,19 +46,19 @@ class Scan(NamedTuple):
     skipped: list[Skipped]
 
 
-def scan(path: Path) -> Scan:
-    """Walk all headers of the tar (or gzipped tar) at `path`.
+def scan(path: Path, place: str = "") -> Scan:
+    """Walk all headers of the tar (or gzipped tar) at `path`, which errors say is at `place` (default: `path`).
 
     Raises InputError, naming the offset in the (unpacked) tar, unless it ends with its two zero blocks exactly
     where the last member ends, every header checksum holds, and no member is there twice.
     """
     try:
         with _unpacked(path) as file:
-            return _walk(path, file)
+            return _walk(place or str(path), file)
     except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise _damaged(path, f"cannot be read as a tar ({' '.join(str(error).split())})") from error
+        raise _damaged(place or str(path), f"cannot be read as a tar ({' '.join(str(error).split())})") from error
 
 
 def read_samples(path: Path) -> Iterator[dict[str, Any]]:
@@ -68,14 +68,14 @@ def read_samples(path: Path) -> Iterator[dict[str, Any]]:
         yield from tariterators.group_by_keys(members)
 
 
-def _walk(path: Path, file: _Bounded) -> Scan:
+def _walk(place: str, file: _Bounded) -> Scan:
     tar = tarfile.TarFile(fileobj=cast(IO[bytes], file))
     skipped, num_samples, current, suffixes = [], 0, None, set()
-    while (member := _next(path, tar)) is not None:
+    while (member := _next(place, tar)) is not None:
         if member.isdir():
             continue
         if member.issparse() or (member.isreg() and member.size > MAX_MEMBER_BYTES):
-            raise _damaged(path, f"has a sparse member, or one above {MAX_MEMBER_BYTES:,} bytes", key=member.name)
+            raise _damaged(place, f"has a sparse member, or one above {MAX_MEMBER_BYTES:,} bytes", key=member.name)
         key, suffix = tariterators.base_plus_ext(member.name)
         reason = _passed_over(member)
         if reason or suffix is None:
@@ -84,9 +84,9 @@ def _walk(path: Path, file: _Bounded) -> Scan:
         if key != current:
             num_samples, current, suffixes = num_samples + 1, key, set()
         if suffix.lower() in suffixes:
-            raise _damaged(path, f"holds the same member twice, again at offset {member.offset}", key=member.name)
+            raise _damaged(place, f"holds the same member twice, again at offset {member.offset}", key=member.name)
         suffixes.add(suffix.lower())
-    _check_end(path, file, tar.offset, num_samples)
+    _check_end(place, file, tar.offset, num_samples)
     return Scan(num_samples, skipped)
 
 
@@ -96,28 +96,28 @@ def _passed_over(member: tarfile.TarInfo) -> str | None:
     return "has a name that webdataset sets aside" if _SET_ASIDE.match(member.name) else None
 
 
-def _next(path: Path, tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+def _next(place: str, tar: tarfile.TarFile) -> tarfile.TarInfo | None:
     try:
         return tar.next()
     except tarfile.TarError as error:
-        raise _damaged(path, f"is cut off or damaged before offset {tar.offset} ({error})") from error
+        raise _damaged(place, f"is cut off or damaged before offset {tar.offset} ({error})") from error
 
 
-def _check_end(path: Path, file: _Bounded, offset: int, num_samples: int) -> None:
+def _check_end(place: str, file: _Bounded, offset: int, num_samples: int) -> None:
     """tarfile takes any header that it cannot read for the end of the archive; the real end looks like this."""
     file.seek(offset)
     end = file.read(2 * BLOCK)
     if end != bytes(2 * BLOCK):
         reason = "is cut off" if len(end) < 2 * BLOCK else "has a damaged header"
         raise _damaged(
-            path,
+            place,
             f"{reason} at offset {offset}",
             expected="two zero blocks at the end",
             found=f"{num_samples} samples before it",
         )
     while rest := file.read(MAX_READ_BYTES):
         if any(rest):
-            raise _damaged(path, f"goes on behind its end at offset {offset}", expected="nothing but zeros there")
+            raise _damaged(place, f"goes on behind its end at offset {offset}", expected="nothing but zeros there")
 
 
 class _Bounded:
@@ -140,7 +140,6 @@ def _unpacked(path: Path) -> Iterator[_Bounded]:
         yield _Bounded(gzip.GzipFile(fileobj=file) if packed else file)
 
 
-def _damaged(path: Path, reason: str, **where: Any) -> InputError:
-    return InputError(
-        f"{path.name} {reason}", stage="images", path=path, fix="Get this shard again, or remove it.", **where
-    )
+def _damaged(place: str, reason: str, **where: Any) -> InputError:
+    name, fix = place.rpartition("/")[2], "Get this shard again, or remove it."
+    return InputError(f"{name} {reason}", stage="images", path=place, fix=fix, **where)

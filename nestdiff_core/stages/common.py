@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from nestdiff_core.artifacts import Artifact, is_sealed, open_artifact
+from nestdiff_core.artifacts import Artifact
 from nestdiff_core.config import LevelConfig
 from nestdiff_core.errors import ConfigError, IntegrityError
 from nestdiff_core.experiment import Experiment, Ref
@@ -18,16 +18,15 @@ def reuse(x: Experiment, ref: Ref, *, weights: str | None = None) -> Artifact | 
     weights: hash of the file or folder of weights that it is made with; None where there is none, or none any more.
     Returns None when it has to be made (again); its inputs have then been checked, file by file.
     """
-    path = x.path(ref)
-    if is_sealed(path):
-        try:
-            artifact = open_artifact(path, stage=ref.stage, expected=path.name)
+    x.path(ref)  # an input that is missing is refused with the command that makes it
+    try:
+        if (artifact := x.find(ref)) is not None:
             artifact.verify()
             if weights is None or artifact.info.get("weights_source") == weights:
-                return artifact
+                return artifact if x.mirror is None else x.mirror.publish(artifact)
             logger.warning("The weights of %s are others than it was made with. It is made again.", ref)
-        except IntegrityError as error:
-            logger.warning("%s It is made again.", error)
+    except IntegrityError as error:
+        logger.warning("%s It is made again.", error)
     for needed in x.inputs(ref):
         x.artifact(needed).verify()
     return None

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.torch import save_file
 
 from nestdiff_core import loading
-from nestdiff_core.artifacts import Artifact, fingerprint, writing
+from nestdiff_core.artifacts import Artifact, fingerprint
 from nestdiff_core.encoders import (
     build_encoder,
     encode_captions,
@@ -43,7 +43,7 @@ def images(x: Experiment, *, progress: Progress = silent) -> Artifact:
     ref, listing = Ref("images"), source_listing(x.config.images)
     if (made := reuse(x, ref)) is not None and made.info["source_listing"] == listing:
         return made
-    with writing(x.path(ref), x.header(ref)) as writer:
+    with x.writing(ref) as writer:
         info = build_images(x.config.images, writer, progress=progress)
         return writer.seal(source_listing=listing, **info)
 
@@ -56,7 +56,7 @@ def encoder(x: Experiment, *, device: str = "cpu", progress: Progress = silent) 
     if (sealed := reuse(x, ref, weights=weights)) is not None:
         return sealed
     index = loading.open_index(x)
-    with writing(x.path(ref), x.header(ref)) as writer:
+    with x.writing(ref) as writer:
         made = build_encoder(
             x.config.encoder, index, writer, autoencoder=x.config.autoencoder, device=device, progress=progress
         )
@@ -185,7 +185,7 @@ def _by_shard(
     digest = x.artifact(Ref("images")).digest
     if (made := reuse(x, ref, weights=weights)) is not None and made.info["images"] == digest:
         return made, {name: made.info["parts"][name] for name in asked}
-    with writing(x.path(ref), x.header(ref), keep_parts=True) as writer:
+    with x.writing(ref, keep_parts=True) as writer:
         shapes, read, encode = start(index, writer.path)
         store, counts = writer.path / loading.STORE, [shard.count for shard in index.shards]
         attributes = {"fingerprint": writer.header["fingerprint"]}

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from nestdiff_core import loading
-from nestdiff_core.artifacts import Artifact, ArtifactWriter, write_json, writing
+from nestdiff_core.artifacts import Artifact, ArtifactWriter, write_json
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.models import count_macs, count_parameters
 from nestdiff_core.progress import Progress, silent
@@ -36,7 +36,7 @@ def train(
     batches, index = loading.latent_batches(x, level), loading.open_index(x)
     path, header = x.path(ref), x.header(ref)
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(writing(path, header, keep_parts=True)) if rank == 0 else None
+        writer = stack.enter_context(x.writing(ref, keep_parts=True)) if rank == 0 else None
         stop = stack.enter_context(stop_on_signals())
         trainer = Trainer(
             x.config,

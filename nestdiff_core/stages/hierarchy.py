@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nestdiff_core import loading
-from nestdiff_core.artifacts import Artifact, ArtifactWriter, writing
+from nestdiff_core.artifacts import Artifact, ArtifactWriter
 from nestdiff_core.autoencoders import Autoencoder, make_autoencoder
 from nestdiff_core.encoders.weights import weights_digest
 from nestdiff_core.errors import ConfigError
@@ -41,7 +41,7 @@ def bases(
         if artifact is None:
             moments = Moments.load(x.artifact(Ref("moments", level)).path / "moments.npz")
             basis = fit_basis(moments, x.config.level(level).channels, level)
-            with writing(x.path(ref), x.header(ref)) as writer:
+            with x.writing(ref) as writer:
                 basis.save(writer.path / loading.BASIS)
                 artifact = writer.seal(**basis.summary())
         made[level] = artifact
@@ -64,7 +64,7 @@ def _moments(x: Experiment, levels: Sequence[int], device: str, progress: Progre
         by_grid = level_moments(reader, sorted(grids), index.rows("train"), progress=progress)
         for grid, level in grids.items():
             ref = Ref("moments", level)
-            with writing(x.path(ref), x.header(ref)) as writer:
+            with x.writing(ref) as writer:
                 by_grid[grid].save(writer.path / "moments.npz")
                 writer.seal(tokens=by_grid[grid].count)
 
@@ -92,7 +92,7 @@ def design(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -
     moments = level_moments(reader, sorted(grids), index.rows("train"), progress=progress)
     spectra = {grid: fit_basis(m, 1, level=0).eigenvalues for grid, m in moments.items()}
     proposals = propose(spectra, nats=config.nats, growth=config.growth, variance=config.variance)
-    with writing(x.path(ref), x.header(ref)) as writer:
+    with x.writing(ref) as writer:
         rows = [dataclasses.asdict(p) for p in proposals]
         return writer.seal(proposals=rows, eigenvalues={str(grid): e.tolist() for grid, e in spectra.items()})
 
@@ -119,7 +119,7 @@ def latents(
         writers: dict[int, ArtifactWriter] = {}
         for level in todo:
             ref = Ref("latents", level)
-            writer = writers[level] = stack.enter_context(writing(x.path(ref), x.header(ref), keep_parts=True))
+            writer = writers[level] = stack.enter_context(x.writing(ref, keep_parts=True))
             create_store(
                 writer.path / loading.STORE,
                 {loading.LATENT: (views, *x.config.latent_shape(level))},
@@ -152,7 +152,7 @@ def latents(
                 writers[level].commit_part(shard.name, files, rows=shard.count, source=sources[level])
             progress(k + 1, len(index.shards), "latents")
         for level, writer in writers.items():
-            reader_l = StoreReader(writer.path / loading.STORE, loading.LATENT)
+            reader_l = loading.open_array(writer, loading.LATENT)
             mean, std = _channel_statistics(reader_l, index.rows("train"))
             made[level] = writer.seal(
                 rows=index.num_images,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from safetensors.torch import save_file
 
 from nestdiff_core import loading
-from nestdiff_core.artifacts import Artifact, write_json, writing
+from nestdiff_core.artifacts import Artifact, write_json
 from nestdiff_core.encoders import (
     load_encoder,
 )
@@ -23,7 +23,7 @@ def samples(x: Experiment, *, device: str = "cpu", progress: Progress = silent) 
     if (made := reuse(x, ref)) is not None:
         return made
     indices = range(config.num_images)
-    with writing(x.path(ref), x.header(ref)) as writer:
+    with x.writing(ref) as writer:
         z = loading.generate(x, indices, seed=config.seed, device=device, progress=progress)
         pictures = loading.decode(x, z[1], device=device)
         save_samples(writer.path / "samples.npz", pictures)
@@ -51,7 +51,7 @@ def evaluation(x: Experiment, *, device: str = "cpu", progress: Progress = silen
         "class": "image index modulo number of classes",
         "text": "first caption of the held-out image of this index, modulo their number",
     }[x.config.conditioning.labels]
-    with writing(x.path(ref), x.header(ref)) as writer:
+    with x.writing(ref) as writer:
         record = evaluate(
             load_samples(sampled.path / "samples.npz", num_images=x.config.sampling.num_images),
             reference,

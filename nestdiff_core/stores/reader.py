@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,17 @@ _MAP_FIXED = 0x10  # Linux and macOS; Python's mmap module does not offer it
 class StoreReader:
     """Read-only view of array `array` in the store at `path`, indexed by image row over all shards.
 
-    Opening checks the layout and that every shard's file is there in full. Memory maps are made at the first read,
-    in the process that reads: a reader may be pickled, or opened before a fork.
+    fetch: brings the file of the given name inside the artifact here, where a shard may be in object storage only.
+
+    Opening checks the layout and, without `fetch`, that every shard's file is there in full. Memory maps are made at
+    the first read, in the process that reads: a reader may be pickled, or opened before a fork.
 
     shape: (images, *shape of one row). dtype: as stored. rows_per_shard: images of each shard. attrs: the stage's.
 
     Raises IntegrityError, naming shard and file, for what is missing, cut, or laid out differently.
     """
 
-    def __init__(self, path: Path, array: str) -> None:
+    def __init__(self, path: Path, array: str, fetch: Callable[[str], Path] | None = None) -> None:
         store = open_store(path)
         if array not in store.schema.arrays:
             raise IntegrityError(
@@ -52,8 +54,10 @@ class StoreReader:
         self.dtype: np.dtype[Any] = np.dtype(self._schema.dtype)
         self._slots = self._schema.slots_of_rows()
         self._map: np.ndarray | None = None
-        for shard in range(len(self.rows_per_shard)):
-            self._check_file(shard)
+        self._fetch = fetch
+        if fetch is None:
+            for shard in range(len(self.rows_per_shard)):
+                self._check_file(shard)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -104,6 +108,8 @@ class StoreReader:
         if self.rows_per_shard[shard] == 0:
             return file
         expected = self._schema.shard_bytes(self.array, shard)
+        if self._fetch is not None:
+            self._fetch(f"{self.path.name}/{self._schema.shard_name(self.array, shard)}")
         try:
             found = file.stat().st_size
         except FileNotFoundError:

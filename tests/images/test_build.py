@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 
 from nestdiff_core.artifacts import Artifact, writing
 from nestdiff_core.config import ImagesConfig
-from nestdiff_core.errors import InputError, IntegrityError
+from nestdiff_core.errors import ConfigError, InputError, IntegrityError
 from nestdiff_core.images import ImageIndex, build_images
 from nestdiff_core.images.build import split_fraction
 from nestdiff_core.images.sources import file_key
@@ -129,7 +129,7 @@ def test_shards_are_indexed_where_they_lie(build: Build, tmp_path: Path) -> None
     index = ImageIndex(artifact)
     assert index.keys == ["a", "b", "c"] and index.splits.tolist() == ["train", "train", "held_out"]
     assert index.captions() == [[], ["one", "two"], ["ä"]] and index.read_shard(1).max() == 0
-    assert [s.path for s in index.shards] == [tmp_path / "w/train-0.tar", tmp_path / "w/val-0.tar"]
+    assert [s.path for s in index.shards] == [str(tmp_path / "w/train-0.tar"), str(tmp_path / "w/val-0.tar")]
     assert not (artifact.path / "shards").exists()
 
 
@@ -236,19 +236,19 @@ def test_interleaved_members_are_not_half_samples(build: Build, tmp_path: Path) 
         ({"source": "webdataset", "path": "empty"}, "matches no shards"),
         ({"source": "webdataset", "path": "absent-*.tar"}, "matches no shards"),
         ({"source": "webdataset", "path": "absent.tar"}, "matches no shards"),
-        ({"source": "webdataset", "path": "pipe:touch canary"}, "not a local path"),
+        ({"source": "webdataset", "path": "pipe:touch canary"}, "not a URL of object storage"),
         ({"source": "folder", "path": "single"}, "too few images"),
     ],
 )
 def test_a_wrong_path_is_one_clear_error(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], message: str
 ) -> None:
-    """Nothing there, nothing usable there, or something that is no path at all: an InputError, and nothing is run."""
+    """Nothing there, nothing usable there, or something that is no path at all: refused, and nothing is run."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     folder(tmp_path / "flat", {"a.png": png(), "b.png": png()})
     folder(tmp_path / "single", {"a.png": png()})
-    with pytest.raises(InputError, match=message):
+    with pytest.raises((InputError, ConfigError), match=message):
         build(**settings)
     assert not (tmp_path / "canary").exists()
 
