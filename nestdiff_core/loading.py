@@ -93,8 +93,8 @@ class VectorMaps:
     def read_shard(self, shard: int) -> np.ndarray:
         return self.vectors.read_shard(shard)[..., None, None]
 
-    def iterate_shards(self) -> Iterator[tuple[int, np.ndarray]]:
-        return ((shard, self.read_shard(shard)) for shard in range(len(self.rows_per_shard)))
+    def iterate_shards(self, first: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+        return ((shard, self.read_shard(shard)) for shard in range(first, len(self.rows_per_shard)))
 
 
 def open_level_features(x: Experiment, level: int) -> StoreReader | VectorMaps:

@@ -6,9 +6,9 @@ features serves all levels. Level 1, the image, is the autoencoder's (autoencode
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ class FeatureMaps(Protocol):
 
     def read_shard(self, shard: int) -> np.ndarray: ...
 
-    def iterate_shards(self) -> Iterator[tuple[int, np.ndarray]]: ...
+    def iterate_shards(self, first: int = 0) -> Iterator[tuple[int, np.ndarray]]: ...
 
 
 # --- moments ------------------------------------------------------------------------------------------------------
@@ -67,17 +67,32 @@ def shard_moments(feature_map: Float[np.ndarray, "N C S S"], grids: Sequence[int
     return totals
 
 
+class Begun(NamedTuple):
+    """Moments of the first `shards` shards."""
+
+    shards: int
+    moments: Moments
+
+
 def level_moments(
-    features: FeatureMaps, grids: Sequence[int], rows: Int[np.ndarray, " n"], *, progress: Progress = silent
+    features: FeatureMaps,
+    grids: Sequence[int],
+    rows: Int[np.ndarray, " n"],
+    *,
+    begun: dict[int, Begun] | None = None,
+    keep: Callable[[dict[int, Begun]], None] | None = None,
+    progress: Progress = silent,
 ) -> dict[int, Moments]:
     """Moments, for each grid, of the pooled tokens of the images `rows` (a split, ascending): one pass over the store.
 
     features: rows (views, C, S, S); every view counts. Shards are merged in their order, so the result has the same
-    bits every time. Raises NumericsError naming shard, row in the shard and channel of a value that is not finite.
+    bits every time, also where the first ones are known already (`begun`, by grid). keep: called after every shard.
+    Raises NumericsError naming shard, row in the shard and channel of a value that is not finite.
     """
-    totals = {grid: Moments.zero(features.shape[2]) for grid in grids}
-    first = 0
-    for shard, feature_map in features.iterate_shards():
+    totals = {grid: Begun(0, Moments.zero(features.shape[2])) for grid in grids} | (begun or {})
+    first_shard = min(known.shards for known in totals.values())
+    first = sum(features.rows_per_shard[:first_shard])
+    for shard, feature_map in features.iterate_shards(first_shard):
         last = first + len(feature_map)
         chosen = rows[np.searchsorted(rows, first) : np.searchsorted(rows, last)] - first
         if (bad := first_non_finite(feature_map)) is not None:
@@ -87,11 +102,14 @@ def level_moments(
                 path=features.path,
                 fix="Remove that shard's file and materialise the features again.",
             )
-        moments = shard_moments(feature_map[chosen].reshape(-1, *features.shape[2:]), grids)
-        totals = {grid: merge(totals[grid], moments[grid]) for grid in grids}
+        missing = [grid for grid in grids if totals[grid].shards == shard]
+        moments = shard_moments(feature_map[chosen].reshape(-1, *features.shape[2:]), missing)
+        totals |= {grid: Begun(shard + 1, merge(totals[grid].moments, moments[grid])) for grid in missing}
         first = last
+        if keep is not None:
+            keep(totals)
         progress(shard + 1, len(features.rows_per_shard), "moments")
-    return totals
+    return {grid: total.moments for grid, total in totals.items()}
 
 
 # --- latents ------------------------------------------------------------------------------------------------------

@@ -58,10 +58,12 @@ class Moments:
         return cls(len(block), mean, block.T @ block)
 
     def save(self, path: Path) -> None:
-        np.savez(path, count=np.int64(self.count), mean=self.mean, scatter=self.scatter)
+        with path.open("wb") as file:  # numpy would change the name of a temporary file
+            np.savez(file, count=np.int64(self.count), mean=self.mean, scatter=self.scatter)
 
     @classmethod
     def load(cls, path: Path) -> Moments:
+        """What `save` wrote; a damaged file (its entries have checksums) is an IntegrityError."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return cls(int(arrays["count"]), arrays["mean"], arrays["scatter"])

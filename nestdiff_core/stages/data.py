@@ -259,8 +259,8 @@ class EncodedMaps:
     def read_shard(self, shard: int) -> np.ndarray:
         return self._encode(self.index.read_shard(shard), shard)
 
-    def iterate_shards(self) -> Iterator[tuple[int, np.ndarray]]:
-        for shard, pixels in read_ahead(self.index.read_shard, range(len(self.rows_per_shard))):
+    def iterate_shards(self, first: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+        for shard, pixels in read_ahead(self.index.read_shard, range(first, len(self.rows_per_shard))):
             yield shard, self._encode(pixels, shard)
 
     def _encode(self, pixels: np.ndarray, shard: int) -> np.ndarray:

@@ -18,10 +18,10 @@ from nestdiff_core.images import ImageIndex
 from nestdiff_core.latents.basis import fit_basis
 from nestdiff_core.latents.design import propose
 from nestdiff_core.latents.hierarchy import encode_levels, level_moments
-from nestdiff_core.latents.moments import Moments
 from nestdiff_core.progress import Progress, silent
-from nestdiff_core.stages.common import require_features, reuse
+from nestdiff_core.stages.common import reuse
 from nestdiff_core.stages.data import open_maps
+from nestdiff_core.stages.moments import moments
 from nestdiff_core.stores.reader import StoreReader
 from nestdiff_core.stores.writer import create_store, write_shard
 
@@ -33,40 +33,18 @@ def bases(
 ) -> dict[int, Artifact]:
     """Fit and persist the SVD basis of each level (default: 2..L), all from one read of the features."""
     levels = range(2, x.config.num_levels + 1) if levels is None else levels
-    _moments(x, [level for level in levels if reuse(x, Ref("moments", level)) is None], device, progress)
+    fitted_on = moments(x, levels, device=device, progress=progress)
     made = {}
     for level in levels:
         ref = Ref("svd_basis", level)
         artifact = reuse(x, ref)
         if artifact is None:
-            moments = Moments.load(x.artifact(Ref("moments", level)).path / "moments.npz")
-            basis = fit_basis(moments, x.config.level(level).channels, level)
+            basis = fit_basis(fitted_on[level], x.config.level(level).channels, level)
             with x.writing(ref) as writer:
                 basis.save(writer.path / loading.BASIS)
                 artifact = writer.seal(**basis.summary())
         made[level] = artifact
     return made
-
-
-def _moments(x: Experiment, levels: Sequence[int], device: str, progress: Progress) -> None:
-    if not levels:
-        return
-    index = loading.open_index(x)
-    by_store: dict[Ref, list[int]] = {}
-    for level in levels:
-        by_store.setdefault(x.level_features(level), []).append(level)
-    for several in by_store.values():
-        reader = open_maps(x, several[0], device)
-        channels, side = reader.shape[2:4]
-        for level in several:
-            require_features(x.config.level(level), "svd_basis", channels=channels, side=side)
-        grids = {x.config.level(level).grid: level for level in several}  # levels with one grid share their moments
-        by_grid = level_moments(reader, sorted(grids), index.rows("train"), progress=progress)
-        for grid, level in grids.items():
-            ref = Ref("moments", level)
-            with x.writing(ref) as writer:
-                by_grid[grid].save(writer.path / "moments.npz")
-                writer.seal(tokens=by_grid[grid].count)
 
 
 def design(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -> Artifact:

@@ -85,9 +85,9 @@ class StoreReader:
         except ValueError as error:  # zarr's checksum error
             raise self._damaged(f"Shard {shard} is damaged ({error})", file) from error
 
-    def iterate_shards(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(shard, its images) in order, one shard in memory at a time."""
-        for shard in range(len(self.rows_per_shard)):
+    def iterate_shards(self, first: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+        """(shard, its images) in order from shard `first`, one shard in memory at a time."""
+        for shard in range(first, len(self.rows_per_shard)):
             yield shard, self.read_shard(shard)
 
     def __getstate__(self) -> dict[str, Any]:

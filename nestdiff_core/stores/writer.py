@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,16 @@ def _create(path: Path, schema: StoreSchema, attrs: dict[str, Any]) -> Store:
     group = zarr.create_group(temporary, attributes=schema_attributes(schema, attrs))
     for name in schema.arrays:
         create_array(group, name, schema)
+    _consolidate(temporary)
     os.rename(temporary, path)
     return Store(path, schema, attrs)
+
+
+def _consolidate(path: Path) -> None:
+    """Repeat the arrays' metadata in the group's: one request, not one per array, opens a store in object storage."""
+    with warnings.catch_warnings():  # that not every zarr v3 tool reads it; those that do not lose nothing
+        warnings.simplefilter("ignore")
+        zarr.consolidate_metadata(path, zarr_format=3)
 
 
 def _require_same(store: Store, schema: StoreSchema, attrs: dict[str, Any]) -> None:
@@ -119,6 +128,7 @@ def _fit(store: Store, schema: StoreSchema) -> Store:
             array.resize((schema.num_slots, *row))
     if schema != old:
         zarr.open_group(store.path, mode="r+").update_attributes(schema_attributes(schema, store.attrs))
+    _consolidate(store.path)
     return Store(store.path, schema, store.attrs)
 
 

@@ -303,6 +303,9 @@ def test_growth_drops_only_the_shard_that_changed(tmp_path: Path) -> None:
     make(path, [8, 3])
     create_store(path, ARRAYS, "float16", [8, 8, 1], CHUNK, ATTRS)
     assert shard_file(path, 0).exists() and not shard_file(path, 1).exists()
+    group = zarr.open_group(path, mode="r")  # its consolidated metadata has grown too
+    assert group.metadata.consolidated_metadata is not None
+    assert {name: array.shape[0] for name, array in group.arrays()} == dict.fromkeys(ARRAYS, 17)
 
 
 def test_store_is_remade_when_no_shard_stays(tmp_path: Path) -> None:
