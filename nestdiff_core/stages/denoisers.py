@@ -13,7 +13,8 @@ from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.models import count_macs, count_parameters
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stages.common import logger, reuse
-from nestdiff_core.training.loop import Trainer, stop_on_signals
+from nestdiff_core.training.ahead import available_memory, read_into_memory
+from nestdiff_core.training.loop import TIMINGS, Trainer, stop_on_signals
 
 CHECKPOINTS = "checkpoints"
 
@@ -34,6 +35,8 @@ def train(
     if (made := reuse(x, ref)) is not None:
         return made
     batches, index = loading.latent_batches(x, level), loading.open_index(x)
+    if not read_into_memory(batches.files, available_memory() // 2):
+        logger.warning("The latents of level %s do not fit into memory: batches are read from the disk.", level)
     path, header = x.path(ref), x.header(ref)
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(x.writing(ref, keep_parts=True)) if rank == 0 else None
@@ -65,7 +68,7 @@ def _export(x: Experiment, trainer: Trainer, writer: ArtifactWriter) -> Artifact
     architecture = {"level_config": writer.header["config"], "shapes": shapes}
     write_json(writer.path / "config.json", architecture)
     write_json(writer.path / "history.json", trainer.history)
-    last = {k: v for k, v in trainer.history[-1].items() if k not in ("step", "images_per_second")}
+    last = {k: v for k, v in trainer.history[-1].items() if k not in ("step", *TIMINGS)}
     return writer.seal(
         beside=(CHECKPOINTS, "history.json"),
         step=trainer.step,

@@ -90,6 +90,10 @@ class StoreReader:
         for shard in range(first, len(self.rows_per_shard)):
             yield shard, self.read_shard(shard)
 
+    def files(self) -> list[Path]:
+        """The files of all shards, which are then on this machine."""
+        return [self._check_file(shard) for shard, rows in enumerate(self.rows_per_shard) if rows]
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_map": None}
 

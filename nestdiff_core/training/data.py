@@ -6,7 +6,8 @@ rank, so neither the number of processes nor a stop and resume changes what a st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -93,6 +94,16 @@ def draw(
     return Draws(t, eps, eta, drop, view, caption)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What a loss reads: latents (B, C, H, W) in float32 by level, labels (B,) or caption tokens (B, T, W) or None,
+    and the randomness."""
+
+    latents: dict[int, Tensor]
+    labels: Tensor | None
+    draws: Draws
+
+
 class LatentBatches:
     """Latents of one level and of its conditions, joined by image row.
 
@@ -109,16 +120,34 @@ class LatentBatches:
     def shapes(self) -> dict[int, tuple[int, int, int]]:
         return {m: (c, h, w) for m, reader in self.readers.items() for _, _, c, h, w in [reader.shape]}
 
-    def read(
-        self, rows: np.ndarray, view: np.ndarray, caption: np.ndarray, device: torch.device
-    ) -> tuple[dict[int, Tensor], Tensor | None]:
-        """Latents (B, C, H, W) as float32 by level, and labels (B,) or caption tokens (B, T, W) where there are any.
+    def load(self, rows: np.ndarray, draws: Draws, device: torch.device) -> Batch:
+        """The images `rows` with their randomness, on `device`; for a GPU by way of pinned memory, without waiting."""
 
-        view, caption: which of the stored ones, for each row.
-        """
+        def there(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+            if device.type == "cuda":
+                tensor = tensor.pin_memory()
+            return tensor.to(device, non_blocking=True).to(dtype or tensor.dtype)
+
+        view, caption = draws.view.numpy(), draws.caption.numpy()
         latents = {
-            m: torch.from_numpy(reader.read(rows, view)).to(device, torch.float32) for m, reader in self.readers.items()
+            m: there(torch.from_numpy(reader.read(rows, view)), torch.float32) for m, reader in self.readers.items()
         }
+        labels = None
         if self.captions is not None:
-            return latents, torch.from_numpy(self.captions.read(rows, caption)).to(device, torch.float32)
-        return latents, None if self.labels is None else torch.from_numpy(self.labels[rows]).to(device)
+            labels = there(torch.from_numpy(self.captions.read(rows, caption)), torch.float32)
+        elif self.labels is not None:
+            labels = there(torch.from_numpy(self.labels[rows]))
+        moved = replace(
+            draws,
+            t=there(draws.t),
+            eps=there(draws.eps),
+            eta={m: there(noise) for m, noise in draws.eta.items()},
+            drop={name: there(mask) for name, mask in draws.drop.items()},
+        )
+        return Batch(latents, labels, moved)
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file that batches are gathered from."""
+        readers = [*self.readers.values(), *([] if self.captions is None else [self.captions])]
+        return [file for reader in readers for file in reader.files()]

@@ -28,10 +28,12 @@ from nestdiff_core.encoders.weights import read_weights
 from nestdiff_core.errors import ConfigError, Interrupted, NumericsError
 from nestdiff_core.models.nested import build_denoiser
 from nestdiff_core.progress import Progress, silent
+from nestdiff_core.training.ahead import Ahead
 from nestdiff_core.training.checkpoint import load_latest, restore, save_checkpoint
-from nestdiff_core.training.data import BatchOrder, Draws, LatentBatches, draw
+from nestdiff_core.training.data import Batch, BatchOrder, Draws, LatentBatches, draw
 
 VALIDATION_IMAGES = 512
+TIMINGS = ("images_per_second", "loader_wait")  # of a log line: share of the time that the loop waited for its batches
 
 
 class Trainer:
@@ -112,31 +114,34 @@ class Trainer:
             rate *= 0.5 * (1.0 + math.cos(math.pi * progress))
         return rate
 
-    def loss(self, network: nn.Module, rows: np.ndarray, draws: Draws) -> Tensor:
-        """Per-image loss (B,) of `network` on image rows, given all randomness."""
-        latents, labels = self.batches.read(rows, draws.view.numpy(), draws.caption.numpy(), self.device)
-        z_l = latents.pop(self.level)
+    def loss(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Per-image loss (B,) of `network`."""
+        z_above, draws = dict(batch.latents), batch.draws
         return level_loss(
             network,
             self.schedule,
             self.config.diffusion.prediction,
-            z_l=z_l,
-            z_above=latents,
+            z_l=z_above.pop(self.level),
+            z_above=z_above,
             condition_noise=self.condition_noise,
-            t=draws.t.to(self.device),
-            eps=draws.eps.to(self.device),
-            eta={m: e.to(self.device) for m, e in draws.eta.items()},
-            labels=labels,
-            drop={name: mask.to(self.device) for name, mask in draws.drop.items()},
+            t=draws.t,
+            eps=draws.eps,
+            eta=draws.eta,
+            labels=batch.labels,
+            drop=draws.drop,
         )
 
-    def train_step(self) -> tuple[float, float]:
+    def batch(self, step: int) -> Batch:
+        """This process's share of what `step` trains on, on the device."""
+        draws = self._draw(self.train.seed, step, self.train.batch_size, self.train.condition_drop)
+        rows = self.order.batch(step)[self.rank :: self.world_size]
+        return self.batches.load(rows, draws.share(self.rank, self.world_size), self.device)
+
+    def train_step(self, batch: Batch) -> tuple[float, float]:
         """One optimiser step; returns the loss before it, over all processes, and the gradient norm."""
-        draws = self._draw(self.train.seed, self.step, self.train.batch_size, self.train.condition_drop)
-        rows = self.order.batch(self.step)[self.rank :: self.world_size]
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        loss = self.loss(self.network, rows, draws.share(self.rank, self.world_size)).mean()
+        loss = self.loss(self.network, batch).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train.grad_clip or math.inf)
@@ -188,7 +193,7 @@ class Trainer:
         """Mean loss of the EMA on held-out images at fixed noise and times; condition_drop 1 hides the conditions."""
         with self.averaged_weights() as model:
             draws = self._draw(2**31 - 1, 0, len(self.held_out), condition_drop)
-            return self.loss(model, self.held_out, draws).mean().item()
+            return self.loss(model, self.batches.load(self.held_out, draws, self.device)).mean().item()
 
     @contextmanager
     def averaged_weights(self) -> Iterator[nn.Module]:
@@ -225,39 +230,41 @@ class Trainer:
         `stop` is asked after every step; when it says yes a checkpoint is saved and Interrupted raised.
         """
         end = self.train.num_steps if until_step is None else min(self.train.num_steps, until_step)
-        saved, clock = self.step, time.monotonic()
-        while self.step < end:
-            loss, norm = self.train_step()
-            self.recent.append(loss)
-            if self.step % self.train.log_every == 0 or self.step == self.train.num_steps:
-                self._log(norm, time.monotonic() - clock)
-                clock = time.monotonic()
-                progress(self.step, self.train.num_steps, f"level {self.level}", **self._shown())
-            else:
-                progress(self.step, self.train.num_steps, f"level {self.level}")
-            if self.step % self.train.checkpoint_every == 0:
-                self.save()
-                saved = self.step
-            if self._any(stop()):
-                if saved != self.step:
+        saved, clock, waited = self.step, time.monotonic(), 0.0
+        with Ahead(self.batch, self.step, end) as batches:
+            while self.step < end:
+                loss, norm = self.train_step(batches.next())
+                self.recent.append(loss)
+                if self.step % self.train.log_every == 0 or self.step == self.train.num_steps:
+                    self._log(norm, time.monotonic() - clock, batches.waited - waited)
+                    clock, waited = time.monotonic(), batches.waited
+                    progress(self.step, self.train.num_steps, f"level {self.level}", **self._shown())
+                else:
+                    progress(self.step, self.train.num_steps, f"level {self.level}")
+                if self.step % self.train.checkpoint_every == 0:
                     self.save()
-                raise Interrupted(
-                    f"Stopped by a signal after step {self.step}",
-                    stage="denoiser",
-                    level=self.level,
-                    path=self.folder,
-                    fix="Run the same command again: it resumes.",
-                )
+                    saved = self.step
+                if self._any(stop()):
+                    if saved != self.step:
+                        self.save()
+                    raise Interrupted(
+                        f"Stopped by a signal after step {self.step}",
+                        stage="denoiser",
+                        level=self.level,
+                        path=self.folder,
+                        fix="Run the same command again: it resumes.",
+                    )
         if saved != self.step:
             self.save()
 
-    def _log(self, norm: float, seconds: float) -> None:
+    def _log(self, norm: float, seconds: float, waited: float) -> None:
         line = {
             "step": self.step,
             "loss": float(np.mean(self.recent)),
             "gradient_norm": norm,
             "lr": self.learning_rate(self.step - 1),
             "images_per_second": len(self.recent) * self.train.batch_size / max(seconds, 1e-9),
+            "loader_wait": waited / max(seconds, 1e-9),
         }
         if self.step % self.train.checkpoint_every == 0 or self.step == self.train.num_steps:
             line["held_out_loss"] = self.validation_loss()

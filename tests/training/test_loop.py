@@ -18,8 +18,8 @@ from nestdiff_core.recipes import toy
 from nestdiff_core.stores.reader import StoreReader
 from nestdiff_core.stores.writer import create_store, write_shard
 from nestdiff_core.training.checkpoint import list_checkpoints, load_latest
-from nestdiff_core.training.data import BatchOrder, LatentBatches, draw
-from nestdiff_core.training.loop import Trainer, stop_on_signals
+from nestdiff_core.training.data import BatchOrder, Draws, LatentBatches, draw
+from nestdiff_core.training.loop import TIMINGS, Trainer, stop_on_signals
 
 NUM_IMAGES = 48
 
@@ -69,7 +69,7 @@ def state_hash(t: Trainer) -> str:
     slots = [value for index in sorted(state) for _, value in sorted(state[index].items())]
     for tensor in [*t.model.state_dict().values(), *t.ema.values(), *slots]:
         total.update(tensor.numpy().tobytes())
-    history = [sorted((k, v) for k, v in line.items() if k != "images_per_second") for line in t.history]
+    history = [sorted((k, v) for k, v in line.items() if k not in TIMINGS) for line in t.history]
     total.update(repr((t.step, history, t.recent)).encode())
     return total.hexdigest()
 
@@ -105,11 +105,12 @@ def test_every_step_boundary_is_a_new_seed(batches: LatentBatches, tmp_path: Pat
 def test_batches_join_one_view_of_all_levels(batches: LatentBatches) -> None:
     """Image and conditions of a row are of the same view, the one that was drawn."""
     rows, view = np.array([3, 40, 3, 7]), np.array([0, 1, 1, 0])
-    latents, labels = batches.read(rows, view, np.zeros(4, int), torch.device("cpu"))
-    for level, z in latents.items():
+    none = torch.zeros(4)
+    batch = batches.load(rows, Draws(none, none, {}, {}, torch.from_numpy(view), none), torch.device("cpu"))
+    for level, z in batch.latents.items():
         stored = torch.from_numpy(batches.readers[level].read(rows)).float()
         assert torch.equal(z, stored[range(4), view])
-    assert labels is not None and labels.tolist() == [3, 0, 3, 7]
+    assert batch.labels is not None and batch.labels.tolist() == [3, 0, 3, 7]
 
 
 def test_captions_are_drawn_with_the_step(tmp_path: Path) -> None:
@@ -127,7 +128,7 @@ def test_captions_are_drawn_with_the_step(tmp_path: Path) -> None:
             seed=0, step=step, batch_size=6, shapes=captioned.shapes(), level=1, schedule=VPSchedule(),
             condition_drop=0.1, num_captions=captioned.num_captions,
         )  # fmt: skip
-        _, text = captioned.read(rows, draws.view.numpy(), draws.caption.numpy(), torch.device("cpu"))
+        text = captioned.load(rows, draws, torch.device("cpu")).labels
         assert text is not None and torch.equal(text.flatten() // 3, torch.arange(6.0))
         seen |= set(text.flatten().tolist())
     assert seen == set(range(18))
