@@ -163,6 +163,13 @@ class Remote:
             except obstore.exceptions.AlreadyExistsError:
                 return False
 
+    def remove(self, key: str) -> None:
+        """Delete an object."""
+        import obstore
+
+        with _faults(f"{self.url}/{key}"):
+            obstore.delete(self._store, key)
+
     def replace(self, key: str, data: bytes | Path) -> None:
         """Write an object, over what was there."""
         import obstore

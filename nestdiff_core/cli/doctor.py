@@ -1,4 +1,4 @@
-"""Check this machine and the artifact root: versions, free space, unfinished work, litter, live locks.
+"""Check this machine and the artifact root: versions, free space, unfinished work, litter, live locks, object storage.
 
 Also proves on the spot that a store with a missing shard is refused rather than read as zeros.
 """
@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
+import uuid
 from pathlib import Path
 
 from nestdiff_core.artifacts import LOCK, MANIFEST, TEMPORARY, DirectoryLock
 from nestdiff_core.errors import EnvironmentFault, IntegrityError
 from nestdiff_core.experiment import home
+from nestdiff_core.mirror import Mirror
+from nestdiff_core.remote import Remote
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +34,9 @@ def run(arguments: argparse.Namespace) -> int:
     )
     _self_test()
     print("a missing shard is refused: yes")
+    if (mirror := Mirror.from_environment(root)) is not None:
+        _try_object_storage(mirror.remote)
+        print(f"object storage {mirror.remote.url}: creates an object once, and only once")
     free = shutil.disk_usage(next(p for p in (root, *root.parents) if p.exists())).free
     print(f"artifact root {root}: {free / 2**30:.1f} GiB free")
     for line in survey(root):
@@ -63,6 +69,20 @@ def survey(root: Path) -> list[str]:
     if litter:
         lines.append(f"{len(litter)} temporary files of stopped runs; `python -m nestdiff_core gc` lists them")
     return lines
+
+
+def _try_object_storage(remote: Remote) -> None:
+    """Sharing artifacts rests on this: of two who create an object, one is refused."""
+    key, data = f"doctor/{uuid.uuid4().hex}", b"May be removed."
+    first, second, read = remote.create(key, data), remote.create(key, b"another"), remote.read(key)
+    remote.remove(key)
+    if (first, second, read) != (True, False, data):
+        raise EnvironmentFault(
+            "Object storage does not refuse to create an object that is there",
+            path=remote.url,
+            expected="support for If-None-Match: *",
+            fix="Do not share artifacts through it; use S3, Google, Azure, Ceph or MinIO.",
+        )
 
 
 def _self_test() -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import obstore
 import pytest
 import torch
 import zarr
@@ -191,7 +190,7 @@ def test_a_lost_object_is_made_again(machines: Machines, encoded: list[int]) -> 
     """Only that shard, by whichever machine runs the stage next; one that has it puts it back."""
     features = up_to_features(machines("a"))
     name = next(n for n in features.manifest["files"] if n.startswith("store.zarr/map/c.2"))
-    obstore.delete(mirror.Remote(f"{machines.url}/features/{features.fingerprint}")._store, name)
+    mirror.Remote(f"{machines.url}/features/{features.fingerprint}").remove(name)
     encoded.clear()
     b = machines("b")
     made, _ = stages.features(b)
@@ -318,3 +317,16 @@ def test_verify_names_every_damaged_file(machines: Machines, capsys: pytest.Capt
         assert main(["verify", target]) == 4
         said = capsys.readouterr().err
         assert all(f"{name.rpartition('/')[2]} has another content" in said for name in names)
+
+
+def test_doctor_tries_object_storage(
+    machines: Machines, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage that overwrites where it should refuse is found out, and nothing is left there."""
+    monkeypatch.setenv("NESTDIFF_HOME", str(machines.folder / "a"))
+    assert main(["doctor"]) == 0
+    assert f"{machines.url}: creates an object once" in capsys.readouterr().out
+    assert mirror.Remote(machines.url).sizes("doctor") == {}
+    monkeypatch.setattr(mirror.Remote, "create", lambda self, key, data: self.replace(key, data) or True)
+    assert main(["doctor"]) == 5
+    assert "If-None-Match" in capsys.readouterr().err
