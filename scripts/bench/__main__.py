@@ -1,6 +1,6 @@
 """Measure against peers: both in this run, in turn, with a null control (the peer against itself).
 
-    python -m scripts.bench                  # all, about eight minutes
+    python -m scripts.bench                  # all, about ten minutes
     python -m scripts.bench reads codecs     # some
 
 CPU time of the process, one thread; memory is that of processes of its own. Prints Markdown tables.
