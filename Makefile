@@ -36,8 +36,8 @@ dev: ready ## Open Dagster's web UI on this machine, PORT=3000
 	$(IN_VENV) python -m pipelines.recover
 	$(IN_VENV) dagster dev -w workspace.yaml -h 127.0.0.1 -p $(PORT)
 
-bench: ready ## Measure against peers; ARGS are those of scripts/bench.py
-	$(IN_VENV) python scripts/bench.py $(ARGS)
+bench: ready ## Measure against peers; ARGS are those of scripts.bench
+	$(IN_VENV) python -m scripts.bench $(ARGS)
 
 storm: ready ## Repeat the faults hundreds of times: kills, damage, fuzz
 	$(IN_VENV) python -m pytest -m slow --timeout=0 $(ARGS)

@@ -23,6 +23,7 @@ from nestdiff_core.config import AutoencoderConfig, EncoderConfig, ImagesConfig
 from nestdiff_core.errors import ConfigError, InputError, IntegrityError
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.recipes import toy
+from nestdiff_core.stages import hierarchy
 from nestdiff_core.stages.data import read_ahead
 
 
@@ -189,6 +190,20 @@ def test_a_level_that_the_encoder_cannot_serve_is_refused_at_the_encoder(tmp_pat
     with pytest.raises(ConfigError, match="found 3") as refusal:
         stages.encoder(x)
     assert (refusal.value.level, refusal.value.key, refusal.value.expected) == (2, "levels.grid", "at most 2")
+
+
+def test_recorded_statistics_are_those_of_the_training_latents(
+    made: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mean and deviation by channel are numpy's over the training split, though a few images are held at a time."""
+    monkeypatch.setattr(hierarchy, "STATISTICS_BYTES", 7 * 8 * 4 * 2 * 2)  # 7 images of z_2
+    rows = loading.open_index(made).rows("train")
+    for level in (1, 2):
+        shutil.rmtree(made.path(Ref("latents", level)))
+    for level, artifact in stages.latents(made).items():
+        z = loading.open_latents(made, level).read(rows).astype(np.float64)
+        np.testing.assert_allclose(artifact.info["mean"], z.mean(axis=(0, 1, 3, 4)), rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(artifact.info["std"], z.std(axis=(0, 1, 3, 4)), rtol=1e-10)
 
 
 def test_a_latent_is_shared_under_another_number(made: Experiment) -> None:

@@ -6,7 +6,8 @@ features serves all levels. Level 1, the image, is the autoencoder's (autoencode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -22,7 +23,8 @@ from nestdiff_core.latents.moments import Moments, merge
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stores.finite import first_non_finite
 
-BLOCK_IMAGES = 128  # images pooled together: 77 MB of a 14x14x768 map in float32
+BLOCK_IMAGES = 128  # images whose pooled tokens are multiplied together
+CACHED_BYTES = 2**21  # of a float32 map that is pooled for every level before the next images are converted
 
 
 def pool(feature_map: Float[Tensor, "B C S S"], grid: int) -> Float[Tensor, "B C {grid} {grid}"]:
@@ -35,11 +37,20 @@ def tokens_of(z: Float[Tensor, "B C H W"]) -> Float[Tensor, "B*H*W C"]:
     return z.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def _blocks(feature_map: Float[np.ndarray, "N C S S"]) -> Iterator[Float[Tensor, "B C S S"]]:
-    """Float32 blocks, channels last: both pooling and projection run over whole tokens."""
+def _pooled(
+    feature_map: Float[np.ndarray, "N C S S"], grids: Collection[int]
+) -> Iterator[dict[int, Float[Tensor, "B C _ _"]]]:
+    """The maps pooled to each grid, in float32 and blocks of `BLOCK_IMAGES` images.
+
+    Channels last: both pooling and projection run over whole tokens. Converting costs more than pooling, and half as
+    much where the few images that are converted at a time stay in the cache until every grid has them.
+    """
+    few = max(1, CACHED_BYTES // (4 * math.prod(feature_map.shape[1:])))
     for start in range(0, len(feature_map), BLOCK_IMAGES):
         block = torch.from_numpy(feature_map[start : start + BLOCK_IMAGES])
-        yield block.to(torch.float32, memory_format=torch.channels_last)
+        converted = (part.to(torch.float32, memory_format=torch.channels_last) for part in block.split(few))
+        parts = [{grid: pool(part, grid) for grid in grids} for part in converted]
+        yield {grid: torch.cat([pooled[grid] for pooled in parts]) for grid in grids}
 
 
 @runtime_checkable
@@ -61,9 +72,8 @@ class FeatureMaps(Protocol):
 def shard_moments(feature_map: Float[np.ndarray, "N C S S"], grids: Sequence[int]) -> dict[int, Moments]:
     """Moments of the pooled tokens of feature maps, for each grid."""
     totals = {grid: Moments.zero(feature_map.shape[1]) for grid in grids}
-    for block in _blocks(feature_map):
-        for grid in totals:
-            totals[grid] = merge(totals[grid], Moments.of(tokens_of(pool(block, grid)).numpy()))
+    for pooled in _pooled(feature_map, grids):
+        totals = {grid: merge(totals[grid], Moments.of(tokens_of(pooled[grid]).numpy())) for grid in totals}
     return totals
 
 
@@ -123,13 +133,11 @@ def encode_levels(
         level: np.empty((len(feature_map), basis.channels, grid, grid), np.float32)
         for level, (grid, basis) in levels.items()
     }
-    start = 0
-    for block in _blocks(feature_map):
-        stop = start + len(block)
+    starts = range(0, len(feature_map), BLOCK_IMAGES)
+    for start, pooled in zip(starts, _pooled(feature_map, {grid for grid, _ in levels.values()}), strict=True):
         for level, (grid, basis) in levels.items():
-            tokens = pool(block, grid).permute(0, 2, 3, 1)
-            z[level][start:stop] = basis.project(tokens).permute(0, 3, 1, 2).numpy()
-        start = stop
+            tokens = pooled[grid].permute(0, 2, 3, 1)
+            z[level][start : start + BLOCK_IMAGES] = basis.project(tokens).permute(0, 3, 1, 2).numpy()
     return z
 
 

@@ -25,7 +25,7 @@ from nestdiff_core.stages.moments import moments
 from nestdiff_core.stores.reader import StoreReader
 from nestdiff_core.stores.writer import create_store, write_shard
 
-STATISTICS_BYTES = 2**28  # float64 numbers of latents that are held at once
+STATISTICS_BYTES = 2**25  # float64 numbers of latents that are held at once
 
 
 def bases(
@@ -153,13 +153,23 @@ def _codes(autoencoder: Autoencoder, index: ImageIndex, k: int, views: int) -> n
 
 
 def _channel_statistics(reader: StoreReader, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation per channel over images, views and positions, in float64, two passes."""
+    """Mean and standard deviation per channel over views and positions of the images `rows` (ascending), in float64.
+
+    One pass: blocks are centred on their own mean and joined as in latents/moments.py. Shards are read rather than
+    mapped, since the pages of a map stay resident.
+    """
     _, views, channels, height, width = reader.shape
     block = max(1, STATISTICS_BYTES // (8 * views * channels * height * width))
-    blocks = [rows[start : start + block] for start in range(0, len(rows), block)]
-    count, mean, variance = len(rows) * views * height * width, np.zeros(channels), np.zeros(channels)
-    for b in blocks:
-        mean += reader.read(b).sum(axis=(0, 1, 3, 4), dtype=np.float64) / count
-    for b in blocks:
-        variance += ((reader.read(b) - mean[:, None, None]) ** 2).sum(axis=(0, 1, 3, 4)) / count
-    return mean, np.sqrt(variance)
+    count, mean, scatter, first = 0, np.zeros(channels), np.zeros(channels), 0
+    for _, z in reader.iterate_shards():
+        chosen = rows[np.searchsorted(rows, first) : np.searchsorted(rows, first + len(z))] - first
+        for start in range(0, len(chosen), block):
+            x = z[chosen[start : start + block]].astype(np.float64)
+            n, own = x.size // channels, x.mean(axis=(0, 1, 3, 4))
+            x -= own[:, None, None]
+            delta, share = own - mean, n / (count + n)
+            mean += delta * share
+            scatter += np.einsum("nvchw,nvchw->c", x, x) + delta**2 * count * share
+            count += n
+        first += len(z)
+    return mean, np.sqrt(scatter / count)

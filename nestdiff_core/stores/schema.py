@@ -8,8 +8,9 @@ Image shard k owns the slots [k S, k S + n_k), where S = `shard_rows` is the lar
 chunks. When every image shard but the last holds S rows, slots are image rows; behind a shorter one, slots stay
 unused and read as NaN. `rows_per_shard` (the n_k) says which.
 
-Chunks are `chunk_rows` rows, uncompressed, each followed by its crc32c. Compression saves 6-8 % of features and costs
-two to five times the reading time; plain chunks can be gathered from a memory map.
+Chunks are `chunk_rows` rows, uncompressed, each followed by its crc32c. Compression would save 7-8 % of latents, which
+are read at every training step, for two to three times the cost of a shard (`make bench ARGS=codecs`; a map behind a
+ReLU would shrink to a fifth); and plain chunks can be gathered from a memory map.
 
 This module leaves writing to writer.py and reading to reader.py.
 """

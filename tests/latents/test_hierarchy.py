@@ -10,6 +10,7 @@ import torch
 import zarr
 
 from nestdiff_core.errors import NumericsError
+from nestdiff_core.latents import hierarchy
 from nestdiff_core.latents.basis import Basis, fit_basis
 from nestdiff_core.latents.hierarchy import encode_level, encode_levels, level_moments, pool, shard_moments, tokens_of
 from nestdiff_core.latents.moments import Moments
@@ -163,6 +164,20 @@ def test_condition_of_one_image_does_not_depend_on_its_shard() -> None:
     basis = fit_basis(shard_moments(maps, [2])[2], 5, level=2)
     whole = encode_level(maps, 2, basis)
     np.testing.assert_allclose(encode_level(maps[140:143], 2, basis), whole[140:143], atol=1e-5)
+
+
+def test_what_fits_a_cache_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments and latents have the same bits however few images are converted and pooled at a time."""
+    maps, grids = feature_maps(150), list(GRIDS.values())
+    moments = shard_moments(maps, grids)
+    z = encode_levels(maps, bases(moments))
+    for images in (1, 7, 200):
+        monkeypatch.setattr(hierarchy, "CACHED_BYTES", images * 4 * maps[0].size)
+        again = shard_moments(maps, grids)
+        for grid in grids:
+            np.testing.assert_array_equal(again[grid].scatter, moments[grid].scatter)
+        for level, z_l in encode_levels(maps, bases(moments)).items():
+            np.testing.assert_array_equal(z_l, z[level])
 
 
 def test_constant_channel_stays_harmless_through_pooling() -> None:
