@@ -31,7 +31,7 @@ def build(experiment: ExperimentConfig) -> dg.AssetsDefinition:
     @dg.multi_asset(name="images", specs=[spec])
     def images(context: dg.AssetExecutionContext, artifacts: ArtifactRoot) -> dg.MaterializeResult:
         from nestdiff_core import stages
-        from nestdiff_core.images import ImageIndex
+        from nestdiff_core.images.index import ImageIndex
 
         with refusals():
             artifact = stages.images(artifacts.experiment(experiment), progress=log_progress(context))

@@ -172,6 +172,9 @@ class FeaturesConfig:
     precision: Literal["float32", "bfloat16", "float16"] = knob(
         "float32", "Arithmetic of the encoder: float32, or mixed precision, several times faster on a GPU."
     )
+    compile: bool = knob(
+        False, "Whether the encoder is compiled (torch.compile): faster after a minute, with other last bits."
+    )
     keep: bool = knob(
         True,
         "Whether features are stored. Without, images are encoded once for the bases and once for the latents, and "

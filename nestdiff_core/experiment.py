@@ -81,8 +81,10 @@ def _denoiser_config(c: ExperimentConfig, level: int) -> dict[str, Any]:
 
 
 def _features_config(c: ExperimentConfig) -> dict[str, Any]:
-    """What decides the numbers of features; whether they are kept does not."""
-    return {k: v for k, v in to_dict(c.features).items() if k != "keep"}
+    """What decides the numbers of features; whether they are kept does not. `compile` came later: off is not said."""
+    plain = to_dict(c.features)
+    unsaid = {"keep"} if c.features.compile else {"keep", "compile"}
+    return {k: v for k, v in plain.items() if k not in unsaid}
 
 
 def _tokens(c: ExperimentConfig, level: int) -> dict[str, Any]:

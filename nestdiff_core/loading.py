@@ -20,7 +20,7 @@ from nestdiff_core.encoders.weights import weights_digest
 from nestdiff_core.errors import IntegrityError
 from nestdiff_core.evaluation.samples import to_uint8
 from nestdiff_core.experiment import Experiment, Ref
-from nestdiff_core.images import ImageIndex
+from nestdiff_core.images.index import ImageIndex
 from nestdiff_core.latents.basis import Basis
 from nestdiff_core.models.nested import NestedDenoiser, build_denoiser
 from nestdiff_core.progress import Progress, silent

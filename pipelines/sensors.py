@@ -40,7 +40,7 @@ def _new_images(config: ExperimentConfig, encode: UnresolvedAssetJobDefinition) 
         ),
     )
     def new_images(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-        from nestdiff_core.images import source_listing
+        from nestdiff_core.images.build import source_listing
 
         made = Experiment(config).find(Ref("images"))
         if made is None:

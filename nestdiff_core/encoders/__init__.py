@@ -31,7 +31,7 @@ from nestdiff_core.encoders.moco import pixel_statistics, train_moco, training_b
 from nestdiff_core.encoders.vit import ViTEncoder, load_weights, timm_encoder, timm_network
 from nestdiff_core.encoders.weights import fill, read_weights
 from nestdiff_core.errors import ConfigError
-from nestdiff_core.images import ImageIndex
+from nestdiff_core.images.index import ImageIndex
 from nestdiff_core.progress import Progress
 
 __all__ = [
@@ -118,11 +118,16 @@ def build_encoder(
     }
 
 
-def load_encoder(artifact: Artifact, *, device: str | torch.device = "cpu") -> Encoder:
-    """The encoder of a sealed artifact, frozen, in eval mode, on `device`; no file outside of it is read."""
+def load_encoder(artifact: Artifact, *, device: str | torch.device = "cpu", compiled: bool = False) -> Encoder:
+    """The encoder of a sealed artifact, frozen, in eval mode, on `device`; no file outside of it is read.
+
+    compiled: by torch.compile, for one shape of batch.
+    """
     encoder = _untrained(read_json(artifact.path / CONFIG, stage="encoder"), device)
     path = artifact.path / MODEL
     fill(encoder.get_submodule("network"), read_weights(path), path)
+    if compiled:
+        encoder.forward = torch.compile(encoder.forward, dynamic=False, fullgraph=True)
     return encoder
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from nestdiff_core.encoders.base import Encoder, unit_range
-from nestdiff_core.images import ImageIndex
+from nestdiff_core.images.index import ImageIndex
 
 MAX_TRAIN, MAX_HELD_OUT = 20_000, 5_000
 MAX_PIXEL_SIDE = 32

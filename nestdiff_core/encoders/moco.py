@@ -23,7 +23,7 @@ from nestdiff_core.encoders.base import unit_range
 from nestdiff_core.encoders.vit import ViTEncoder, moco_network
 from nestdiff_core.encoders.weights import seeded
 from nestdiff_core.errors import NumericsError
-from nestdiff_core.images import ImageIndex
+from nestdiff_core.images.index import ImageIndex
 from nestdiff_core.progress import Progress, silent
 
 POOL_BYTES = 2**30  # pixels that are held in memory to draw batches from

@@ -12,11 +12,10 @@ import hashlib
 import itertools
 import json
 import shutil
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -26,14 +25,13 @@ from webdataset.writer import TarWriter
 from nestdiff_core.artifacts import ArtifactWriter, file_record, fingerprint, replacing, write_json
 from nestdiff_core.config import ImagesConfig
 from nestdiff_core.errors import InputError
+from nestdiff_core.images.decoding import Failure, Picture, decoders
 from nestdiff_core.images.index import CLASSES, INDEX, REJECTS, SCHEMA, SHARDS, SPLITS
-from nestdiff_core.images.pixels import decode, encode_png, square
 from nestdiff_core.images.sources import TOY_IMAGES, Digits, Folder, Reject, Sample, Shards, shard_cache
 from nestdiff_core.progress import Progress, silent
 
 T = TypeVar("T")
 
-_TOGETHER = 64  # images that are decoded side by side
 _NAMED = 5  # faults that an error spells out
 
 
@@ -128,26 +126,10 @@ def _together(damaged: list[InputError], num_shards: int) -> InputError:
 
 
 class _Image(NamedTuple):
-    """A sample that is an image. `png`: its pixels for a shard of our own; sha256: of what the shard holds."""
+    """A sample that is an image, as it will be decoded later. content: its pixels as PNG for a shard of our own."""
 
     sample: Sample
-    width: int
-    height: int
-    animated: bool
-    png: bytes
-    sha256: str
-
-
-def _examine(sample: Sample, config: ImagesConfig, repack: bool) -> _Image | Reject:
-    """Decode all of a sample, exactly as it will be decoded later."""
-    try:
-        image, animated = decode(sample.data)
-        pixels = square(image, config.resolution, config.channels)
-    except InputError as error:
-        return Reject(sample.path, sample.key, error.what)
-    png = encode_png(pixels) if repack else b""
-    sha256 = hashlib.sha256(png or sample.data).hexdigest()
-    return _Image(dataclasses.replace(sample, data=b""), *image.size, animated, png, sha256)
+    picture: Picture
 
 
 def _write_tar(path: Path, images: list[_Image]) -> None:
@@ -159,7 +141,7 @@ def _write_tar(path: Path, images: list[_Image]) -> None:
     ):
         for image in images:
             label = {"cls": str(image.sample.label).encode()} if image.sample.label >= 0 else {}
-            tar.write({"__key__": image.sample.key, "png": image.png, **label})
+            tar.write({"__key__": image.sample.key, "png": image.picture.content, **label})
 
 
 @contextlib.contextmanager
@@ -184,15 +166,32 @@ class _Ledger:
 
     def kept(self, samples: Iterator[Sample | Reject], *, repack: bool) -> Iterator[_Image]:
         """The images among the samples, in order; the rest is put on record as rejected."""
-        with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
-            while several := list(itertools.islice(samples, _TOGETHER)):
-                new = [self._without_duplicates(sample) for sample in several]
-                for found in pool.map(lambda s: s if isinstance(s, Reject) else _examine(s, self.config, repack), new):
-                    self._counts["read"] += 1
-                    if isinstance(found, Reject):
-                        self._reject(found)
-                    else:
-                        yield found
+        asked: deque[Sample | Reject] = deque()  # those whose pictures are still to come
+
+        def encoded() -> Iterator[bytes]:
+            for sample in samples:
+                new = self._without_duplicates(sample)
+                asked.append(new if isinstance(new, Reject) else dataclasses.replace(new, data=b""))
+                if isinstance(new, Sample):
+                    yield new.data
+
+        want = "png" if repack else "check"
+        for picture in decoders().map(encoded(), self.config.resolution, self.config.channels, want):
+            self._put_down_rejects(asked)
+            sample = asked.popleft()
+            assert isinstance(sample, Sample)
+            self._counts["read"] += 1
+            if isinstance(picture, Failure):
+                self._reject(Reject(sample.path, sample.key, picture.reason))
+            else:
+                yield _Image(sample, picture)
+        self._put_down_rejects(asked)
+
+    def _put_down_rejects(self, asked: deque[Sample | Reject]) -> None:
+        """Those that come before the next sample that was decoded."""
+        while asked and isinstance(asked[0], Reject):
+            self._counts["read"] += 1
+            self._reject(cast(Reject, asked.popleft()))
 
     def add_shard(self, file: Path, images: list[_Image], rows: Iterable[int], *, place: str) -> None:
         """Record a shard whose images have the given positions in its tar. place: where it will be looked for."""
@@ -206,15 +205,15 @@ class _Ledger:
             "split": splits,
             "label": [sample.label for sample in samples],
             "captions": [sample.captions for sample in samples],
-            "width": [image.width for image in images],
-            "height": [image.height for image in images],
-            "sha256": [image.sha256 for image in images],
+            "width": [image.picture.width for image in images],
+            "height": [image.picture.height for image in images],
+            "sha256": [image.picture.sha256 for image in images],
         }
         self._index.write_table(pa.table(columns, schema=SCHEMA))
         self.shards.append({"name": f"{number:05d}", "path": place, **file_record(file), "count": len(samples),
                             "first_row": self._counts["kept"]})  # fmt: skip
         self._counts["kept"] += len(samples)
-        self._counts["animated"] += sum(image.animated for image in images)
+        self._counts["animated"] += sum(image.picture.animated for image in images)
         self._counts["captioned"] += sum(bool(sample.captions) for sample in samples)
         self._splits.update(splits)
         self.labels.update(sample.label for sample in samples)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +26,7 @@ from jaxtyping import Int64, UInt8
 from nestdiff_core.artifacts import Artifact, check_file, read_json
 from nestdiff_core.errors import IntegrityError
 from nestdiff_core.images import tars
-from nestdiff_core.images.pixels import load_pixels
+from nestdiff_core.images.decoding import Failure, decoders
 from nestdiff_core.images.sources import fetch_shard, image_member, shard_cache
 from nestdiff_core.remote import is_url
 
@@ -151,8 +150,19 @@ class ImageIndex:
                 found=len(images),
                 fix="Materialise images again.",
             )
-        with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
-            return np.stack(list(pool.map(lambda data: load_pixels(data, self.resolution, self.channels), images)))
+        pixels = np.empty((len(images), self.resolution, self.resolution, self.channels), np.uint8)
+        found = decoders().map(images, self.resolution, self.channels, "pixels")
+        for i, picture in enumerate(found):
+            if isinstance(picture, Failure):
+                raise IntegrityError(
+                    f"An image of the index {picture.reason}",
+                    stage="images",
+                    path=shard.path,
+                    key=self.keys[shard.first_row + i],
+                    fix="It could be decoded when the index was made: see that memory and libraries are as they were.",
+                )
+            pixels[i] = np.frombuffer(picture.content, np.uint8).reshape(pixels.shape[1:])
+        return pixels
 
     def iterate(self, split: str | None = None, batch_size: int = 256) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(global numbers, pixels uint8 (b, H, W, C)) of all images or of a split, in order; the last may be short."""

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nestdiff_core.errors import InputError
 
@@ -56,9 +56,11 @@ def decode(data: bytes) -> Decoded:
         return Decoded(_eight_bits(ImageOps.exif_transpose(image)), several)
     except InputError:
         raise
+    except UnidentifiedImageError as error:  # whose text has the address of the buffer in it
+        raise _unusable(f"is no {', '.join(FORMATS)}" if data else "is empty") from error
     except Exception as error:  # on hostile bytes Pillow's decoders raise nearly any class
         reason = f"cannot be decoded ({type(error).__name__}: {' '.join(str(error).split())})"
-        raise _unusable(reason if data else "is empty") from error
+        raise _unusable(reason) from error
 
 
 def square(image: Image.Image, resolution: int, channels: int) -> UInt8[np.ndarray, "H W C"]:

@@ -26,7 +26,8 @@ from nestdiff_core.encoders.text import build_text_tower
 from nestdiff_core.encoders.weights import weights_digest
 from nestdiff_core.errors import ConfigError, InputError
 from nestdiff_core.experiment import Experiment, Ref
-from nestdiff_core.images import ImageIndex, build_images, source_listing
+from nestdiff_core.images.build import build_images, source_listing
+from nestdiff_core.images.index import ImageIndex
 from nestdiff_core.latents.hierarchy import FeatureMaps
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stages.common import require_features, reuse
@@ -80,7 +81,7 @@ def features(
     views = 1 + config.flip
 
     def start(index: ImageIndex, _: Path) -> _Encoding:
-        frozen = load_encoder(x.artifact(Ref("encoder")), device=device)
+        frozen = load_encoder(x.artifact(Ref("encoder")), device=device, compiled=config.compile)
         shapes = {name: (views, *shape) for name, shape in feature_shapes(frozen).items()}
 
         def encode(pixels: np.ndarray, k: int) -> dict[str, np.ndarray]:
@@ -106,7 +107,7 @@ def crops(
     config, grid = x.config.features, x.config.level(level).grid
 
     def start(index: ImageIndex, _: Path) -> _Encoding:
-        frozen = load_encoder(x.artifact(Ref("encoder")), device=device)
+        frozen = load_encoder(x.artifact(Ref("encoder")), device=device, compiled=config.compile)
 
         def encode(pixels: np.ndarray, k: int) -> dict[str, np.ndarray]:
             row = index.shards[k].first_row
@@ -246,8 +247,9 @@ class EncodedMaps:
 
     def __init__(self, x: Experiment, level: int | None, device: str) -> None:
         artifact = x.artifact(Ref("encoder"))
-        self.index, self.encoder, self.device = loading.open_index(x), load_encoder(artifact, device=device), device
         self.config, self.path = x.config.features, artifact.path
+        self.index, self.device = loading.open_index(x), device
+        self.encoder = load_encoder(artifact, device=device, compiled=self.config.compile)
         own = None if level is None else x.config.level(level)
         self.grid = own.grid if own is not None and own.source == "patch" else None
         row = feature_shapes(self.encoder)["map"]

@@ -14,7 +14,7 @@ from nestdiff_core.autoencoders import Autoencoder, make_autoencoder
 from nestdiff_core.encoders.weights import weights_digest
 from nestdiff_core.errors import ConfigError
 from nestdiff_core.experiment import Experiment, Ref
-from nestdiff_core.images import ImageIndex
+from nestdiff_core.images.index import ImageIndex
 from nestdiff_core.latents.basis import fit_basis
 from nestdiff_core.latents.design import propose
 from nestdiff_core.latents.hierarchy import encode_levels, level_moments

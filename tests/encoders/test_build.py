@@ -20,7 +20,8 @@ from nestdiff_core.encoders.convnet import torchvision_encoder, torchvision_netw
 from nestdiff_core.encoders.extract import extract_features
 from nestdiff_core.encoders.moco import pixel_statistics, train_moco, training_batches
 from nestdiff_core.errors import ConfigError, IntegrityError
-from nestdiff_core.images import ImageIndex, build_images
+from nestdiff_core.images.build import build_images
+from nestdiff_core.images.index import ImageIndex
 
 HEADER = {"stage": "encoder", "level": None, "fingerprint": "0", "config": {}, "inputs": [], "experiment": "test"}
 MOCO = EncoderConfig(

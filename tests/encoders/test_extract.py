@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from nestdiff_core import loading, stages
 from nestdiff_core.config import EncoderConfig, ViTConfig
 from nestdiff_core.encoders.base import Encoder
 from nestdiff_core.encoders.extract import encode_captions, encode_crops, extract_crops, extract_features
 from nestdiff_core.encoders.moco import untrained
 from nestdiff_core.encoders.vit import ViTEncoder
 from nestdiff_core.errors import ConfigError, NumericsError
+from nestdiff_core.experiment import Experiment, Ref
+from nestdiff_core.recipes import toy
 
 SMALL = EncoderConfig(kind="moco", input_size=8, vit=ViTConfig(patch_size=2, width=16, depth=2, num_heads=2))
 
@@ -140,3 +150,35 @@ def test_captions_are_encoded_in_full_passes() -> None:
     with pytest.raises(NumericsError, match="caption") as caught:
         encode_captions(encode, [*captions, "x" * 6], 2, "float16", first_row=40)
     assert caught.value.key == "row 45, channel 2"
+
+
+COMPILE = """
+import torch
+from dataclasses import replace
+from nestdiff_core import stages
+from nestdiff_core.experiment import Experiment
+from nestdiff_core.recipes import toy
+base = toy()
+stages.features(Experiment(replace(base, features=replace(base.features, compile=True))))
+print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile for a CPU needs g++")
+def test_a_compiled_encoder_gives_the_same_features(tmp_path: Path) -> None:
+    """To rounding, in one graph, compiled once however many shards there are."""
+    base = toy()
+    plain = Experiment(base, tmp_path)
+    compiled = Experiment(replace(base, features=replace(base.features, compile=True)), tmp_path)
+    stages.images(plain)
+    stages.encoder(plain)
+    stages.features(plain)
+    assert plain.path(Ref("features")) != compiled.path(Ref("features"))
+    # In a process without the runtime type checks of the tests, which cannot be compiled.
+    environment = {**os.environ, "NESTDIFF_HOME": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split()[-1] == "1"
+    for array in ("map", "vector"):
+        a, b = (loading.open_features(x, array).read(np.arange(256)).astype(np.float32) for x in (plain, compiled))
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)

@@ -23,7 +23,8 @@ from nestdiff_core.encoders.moco import (
     untrained,
 )
 from nestdiff_core.errors import NumericsError
-from nestdiff_core.images import ImageIndex, build_images
+from nestdiff_core.images.build import build_images
+from nestdiff_core.images.index import ImageIndex
 
 MOCO = MoCoConfig(
     num_steps=12,

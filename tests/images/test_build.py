@@ -21,8 +21,8 @@ from sklearn.datasets import load_digits
 from nestdiff_core.artifacts import Artifact, writing
 from nestdiff_core.config import ImagesConfig
 from nestdiff_core.errors import ConfigError, InputError, IntegrityError
-from nestdiff_core.images import ImageIndex, build_images
-from nestdiff_core.images.build import split_fraction
+from nestdiff_core.images.build import build_images, split_fraction
+from nestdiff_core.images.index import ImageIndex
 from nestdiff_core.images.sources import file_key
 
 HEADER = {"stage": "images", "level": None, "fingerprint": "0", "config": {}, "inputs": [], "experiment": "test"}

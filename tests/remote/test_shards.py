@@ -15,7 +15,8 @@ from PIL import Image
 from nestdiff_core.artifacts import Artifact, writing
 from nestdiff_core.config import ImagesConfig
 from nestdiff_core.errors import InputError, IntegrityError
-from nestdiff_core.images import ImageIndex, build_images, source_listing
+from nestdiff_core.images.build import build_images, source_listing
+from nestdiff_core.images.index import ImageIndex
 from nestdiff_core.remote import Remote
 
 NUM_SHARDS = 3
