@@ -34,6 +34,7 @@ def build(experiment: ExperimentConfig, level: int) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, config: Runtime, artifacts: ArtifactRoot, launcher: LocalLauncher
     ) -> dg.MaterializeResult:
         from nestdiff_core.evaluation.figures import loss_curve
+        from nestdiff_core.training.loop import TIMINGS
 
         x = artifacts.experiment(experiment)
         with refusals():
@@ -43,12 +44,13 @@ def build(experiment: ExperimentConfig, level: int) -> dg.AssetsDefinition:
         with refusals():
             artifact = x.artifact(ref)
             history = read_json(artifact.path / "history.json")
+        timings = {name: history[-1].get(name) for name in TIMINGS}
         names = [name for name in ("loss", "held_out_loss", "held_out_loss_without_conditions") if name in history[-1]]
         curve = loss_curve(
             [line["step"] for line in history],
             {name: [line.get(name) for line in history] for name in names},
             title=f"Loss of level {level}",
         )
-        return result(artifact, spec.key, losses=picture(curve), **artifact.info)
+        return result(artifact, spec.key, losses=picture(curve), **timings, **artifact.info)
 
     return denoiser

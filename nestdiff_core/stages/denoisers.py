@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 
 import torch
 from safetensors.torch import save_file
@@ -13,7 +14,7 @@ from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.models import count_macs, count_parameters
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stages.common import logger, reuse
-from nestdiff_core.training.ahead import available_memory, read_into_memory
+from nestdiff_core.stores.page_cache import shuffled_reads
 from nestdiff_core.training.loop import TIMINGS, Trainer, stop_on_signals
 
 CHECKPOINTS = "checkpoints"
@@ -35,12 +36,11 @@ def train(
     if (made := reuse(x, ref)) is not None:
         return made
     batches, index = loading.latent_batches(x, level), loading.open_index(x)
-    if not read_into_memory(batches.files, available_memory() // 2):
-        logger.warning("The latents of level %s do not fit into memory: batches are read from the disk.", level)
     path, header = x.path(ref), x.header(ref)
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(x.writing(ref, keep_parts=True)) if rank == 0 else None
         stop = stack.enter_context(stop_on_signals())
+        stack.enter_context(shuffled_reads(batches.stores(), bring_in=os.environ.get("LOCAL_RANK", "0") == "0"))
         trainer = Trainer(
             x.config,
             level,

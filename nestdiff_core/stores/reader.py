@@ -32,6 +32,7 @@ class StoreReader:
     Opening checks the layout and, without `fetch`, that every shard's file is there in full. Memory maps are made at
     the first read, in the process that reads: a reader may be pickled, or opened before a fork.
 
+    shuffled: set before the first read where rows will be read in no order: the system then reads nothing around them.
     shape: (images, *shape of one row). dtype: as stored. rows_per_shard: images of each shard. attrs: the stage's.
 
     Raises IntegrityError, naming shard and file, for what is missing, cut, or laid out differently.
@@ -54,6 +55,7 @@ class StoreReader:
         self.dtype: np.dtype[Any] = np.dtype(self._schema.dtype)
         self._slots = self._schema.slots_of_rows()
         self._map: np.ndarray | None = None
+        self.shuffled = False
         self._fetch = fetch
         if fetch is None:
             for shard in range(len(self.rows_per_shard)):
@@ -138,6 +140,8 @@ class StoreReader:
             if rows:
                 file = self._check_file(shard)
                 _map_file(file, start + shard * room)
+                if self.shuffled:
+                    region.madvise(mmap.MADV_RANDOM, shard * room, room)
                 index_start = shard * room + schema.shard_bytes(array, shard) - schema.index_bytes()
                 index = np.frombuffer(region, "<u8", schema.chunks_per_shard * 2, index_start)
                 self._check_index(shard, file, index)

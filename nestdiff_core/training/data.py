@@ -7,7 +7,6 @@ rank, so neither the number of processes nor a stop and resume changes what a st
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,17 +14,19 @@ from torch import Tensor
 
 from nestdiff_core.diffusion.schedule import NoiseSchedule
 from nestdiff_core.stores.reader import StoreReader
+from nestdiff_core.training.ahead import Ahead
 
 
 class BatchOrder:
     """An endless sequence of rows: one seeded permutation of `rows` after another, cut into batches.
 
-    A set smaller than a batch simply recurs within it.
+    A set smaller than a batch simply recurs within it. The permutation after the one in use is made in a thread, as
+    that of millions of rows takes longer than a step; `close` ends it.
     """
 
     def __init__(self, rows: np.ndarray, batch_size: int, seed: int) -> None:
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self._epoch, self._permuted = -1, rows
+        self._permutation = Ahead(self._permute, depth=1)
 
     def batch(self, step: int) -> np.ndarray:
         """Rows of the global batch of `step` (counted from 0)."""
@@ -33,10 +34,11 @@ class BatchOrder:
         epochs, offsets = np.divmod(positions, len(self.rows))
         return np.concatenate([self._permutation(int(e))[offsets[epochs == e]] for e in np.unique(epochs)])
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            self._epoch, self._permuted = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.rows)
-        return self._permuted
+    def _permute(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+
+    def close(self) -> None:
+        self._permutation.close()
 
 
 @dataclass(frozen=True)
@@ -146,8 +148,6 @@ class LatentBatches:
         )
         return Batch(latents, labels, moved)
 
-    @property
-    def files(self) -> list[Path]:
-        """Every file that batches are gathered from."""
-        readers = [*self.readers.values(), *([] if self.captions is None else [self.captions])]
-        return [file for reader in readers for file in reader.files()]
+    def stores(self) -> list[StoreReader]:
+        """All that batches are gathered from."""
+        return [*self.readers.values(), *([] if self.captions is None else [self.captions])]

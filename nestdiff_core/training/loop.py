@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -231,9 +231,9 @@ class Trainer:
         """
         end = self.train.num_steps if until_step is None else min(self.train.num_steps, until_step)
         saved, clock, waited = self.step, time.monotonic(), 0.0
-        with Ahead(self.batch, self.step, end) as batches:
+        with closing(self.order), Ahead(self.batch, end=end) as batches:
             while self.step < end:
-                loss, norm = self.train_step(batches.next())
+                loss, norm = self.train_step(batches(self.step))
                 self.recent.append(loss)
                 if self.step % self.train.log_every == 0 or self.step == self.train.num_steps:
                     self._log(norm, time.monotonic() - clock, batches.waited - waited)

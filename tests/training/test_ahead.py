@@ -1,112 +1,107 @@
-"""Batches and pages that are there before they are needed."""
+"""Values that are there before they are asked for."""
 
-import ctypes
-import mmap
-import os
 import threading
 import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 
-from nestdiff_core.training import ahead
-from nestdiff_core.training.ahead import DEPTH, Ahead, available_memory, read_into_memory
+from nestdiff_core.training.ahead import Ahead
+
+SECONDS = 20  # within which a thread does anything
 
 
-def test_every_batch_comes_once_and_in_order() -> None:
+def square(i: int) -> int:
+    return i * i
+
+
+@pytest.mark.parametrize("asked", [range(6), range(3, 9), [5, 5, 0, 7, 2, 1]])
+def test_it_is_the_function_it_was_made_from(asked: list[int]) -> None:
+    """From any beginning and in any order, and again after `close`; closed, it leaves no thread."""
     before = threading.active_count()
-    with Ahead(lambda step: step * step, 3, 10) as batches:
-        assert [batches.next() for _ in range(7)] == [step * step for step in range(3, 10)]
-        with pytest.raises(IndexError):
-            batches.next()
+    with Ahead(square) as squares:
+        assert [squares(i) for i in asked] == [square(i) for i in asked]
+        squares.close()
+        assert threading.active_count() == before
+        assert squares(4) == 16
     assert threading.active_count() == before
 
 
 def test_no_more_are_made_than_are_needed_soon() -> None:
-    """While one is used at most DEPTH others are held, so memory stays bounded."""
+    """While one is used `depth` others are made, none twice, none from `end` on."""
     made: list[int] = []
-    with Ahead(lambda step: made.append(step) or step, 0, 100) as batches:
-        for step in range(5):
-            assert batches.next() == step
-            time.sleep(0.02)
-            assert max(made) <= step + DEPTH
-    assert max(made) <= 4 + DEPTH
+    last_is_made = threading.Event()
+
+    def make(i: int) -> int:
+        made.append(i)
+        if i == expected:
+            last_is_made.set()
+        return i
+
+    with Ahead(make, end=9, depth=3) as values:
+        for i in range(4, 9):
+            expected = min(i + 3, 8)
+            assert values(i) == i
+            assert last_is_made.wait(SECONDS)
+            assert made == list(range(4, expected + 1))
+            if expected < 8:
+                last_is_made.clear()
 
 
-def test_an_error_comes_with_its_batch() -> None:
-    """As itself, after the batches before it, and the thread ends."""
+def test_values_are_let_go() -> None:
+    """No more values live than the one in use, and `depth` to come."""
+    alive = 0
+    most = 0
 
-    def make(step: int) -> int:
-        if step == 2:
-            raise ZeroDivisionError("batch 2")
-        return step
+    class Value:
+        def __init__(self) -> None:
+            nonlocal alive, most
+            alive += 1
+            most = max(most, alive)
+
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    with Ahead(lambda _: Value(), depth=2) as values:
+        for i in range(50):
+            values(i)
+    assert most <= 3 and alive == 0
+
+
+def test_an_error_comes_with_its_value() -> None:
+    """As itself, after the values before it, and the thread ends."""
+
+    def make(i: int) -> int:
+        if i == 2:
+            raise ZeroDivisionError("value 2")
+        return i
 
     before = threading.active_count()
-    with pytest.raises(ZeroDivisionError, match="batch 2"), Ahead(make, 0, 10) as batches:
-        assert [batches.next(), batches.next()] == [0, 1]
-        batches.next()
+    with pytest.raises(ZeroDivisionError, match="value 2"), Ahead(make) as values:
+        assert [values(0), values(1)] == [0, 1]
+        values(2)
+    assert threading.active_count() == before
+
+
+def test_an_interrupt_ends_the_thread() -> None:
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt), Ahead(square) as squares:
+        squares(0)
+        raise KeyboardInterrupt
     assert threading.active_count() == before
 
 
 def test_waiting_is_counted() -> None:
     """A slow maker is waited for; one that keeps up is not."""
-    with Ahead(lambda step: time.sleep(0.05), 0, 4) as batches:
-        for _ in range(4):
-            batches.next()
-        assert batches.waited > 0.15
-    with Ahead(lambda step: time.sleep(0.01), 0, 6) as batches:
-        batches.next()
-        first = batches.waited
-        for _ in range(5):
-            time.sleep(0.05)
-            batches.next()
-        assert batches.waited - first < 0.01
-
-
-def resident(file: Path) -> float:
-    """Share of a file's pages that are in the page cache."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED) as pages:
-        vector = (ctypes.c_ubyte * -(-len(pages) // mmap.PAGESIZE))()
-        view = np.frombuffer(pages, np.uint8)
-        address = ctypes.c_void_p(view.ctypes.data)
-        assert libc.mincore(address, ctypes.c_size_t(len(pages)), vector) == 0
-        del view
-        return float((np.frombuffer(vector, np.uint8) & 1).mean())
-
-
-def forget(file: Path) -> None:
-    """Drop a file from the page cache."""
-    handle = os.open(file, os.O_RDONLY)
-    os.fsync(handle)
-    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(handle)
-
-
-def test_files_that_fit_are_read_into_memory(tmp_path: Path) -> None:
-    files = [tmp_path / name for name in "ab"]
-    for file in files:
-        file.write_bytes(os.urandom(2**23))
-        forget(file)
-    if max(map(resident, files)) > 0.5:
-        pytest.skip("this file system does not drop pages when asked")
-    assert not read_into_memory(files, 2**24 - 1)
-    assert max(map(resident, files)) < 0.5
-    assert read_into_memory(files, 2**24)
-    deadline = time.monotonic() + 30
-    while min(map(resident, files)) < 0.99 and time.monotonic() < deadline:
+    with Ahead(lambda _: time.sleep(0.05)) as values:
+        for i in range(4):
+            values(i)
+        assert values.waited > 0.15
+    released = threading.Event()
+    with Ahead(lambda i: released.set() if i == 1 else None, depth=1) as values:
+        values(0)
+        assert released.wait(SECONDS)
         time.sleep(0.05)
-    assert min(map(resident, files)) >= 0.99
-
-
-def test_available_memory_heeds_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead, "CGROUP_LIMITS", ())
-    machine = available_memory()
-    assert 2**20 < machine < 2**50
-    (tmp_path / "limit").write_text("5000000\n")
-    (tmp_path / "used").write_text("2000000\n")
-    monkeypatch.setattr(ahead, "CGROUP_LIMITS", ((tmp_path / "limit", tmp_path / "used"),))
-    assert available_memory() == 3_000_000
-    (tmp_path / "limit").write_text("max\n")
-    assert available_memory() > 3_000_000
+        first = values.waited
+        values(1)
+        assert values.waited - first < 0.05

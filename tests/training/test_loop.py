@@ -1,15 +1,20 @@
 """The trainer: resumes to the bit, learns what there is to learn, stops on numbers that are not finite."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nestdiff_core.config import ConditioningConfig, DiffusionConfig, ExperimentConfig
 from nestdiff_core.diffusion.schedule import VPSchedule
@@ -17,8 +22,9 @@ from nestdiff_core.errors import IntegrityError, Interrupted, NumericsError
 from nestdiff_core.recipes import toy
 from nestdiff_core.stores.reader import StoreReader
 from nestdiff_core.stores.writer import create_store, write_shard
+from nestdiff_core.training.ahead import Ahead
 from nestdiff_core.training.checkpoint import list_checkpoints, load_latest
-from nestdiff_core.training.data import BatchOrder, Draws, LatentBatches, draw
+from nestdiff_core.training.data import Batch, BatchOrder, Draws, LatentBatches, draw
 from nestdiff_core.training.loop import TIMINGS, Trainer, stop_on_signals
 
 NUM_IMAGES = 48
@@ -262,3 +268,93 @@ def test_batch_larger_than_the_set() -> None:
     """A set smaller than a batch recurs within it, evenly."""
     batch = BatchOrder(np.arange(3), 7, seed=0).batch(0)
     assert np.bincount(batch).tolist() in ([2, 2, 3], [2, 3, 2], [3, 2, 2])
+
+
+@given(
+    num_rows=st.integers(1, 40), batch_size=st.integers(1, 20), seed=st.integers(0, 9),
+    steps=st.lists(st.integers(0, 60), min_size=1, max_size=8),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_order_is_of_seed_and_step_only(num_rows: int, batch_size: int, seed: int, steps: list[int]) -> None:
+    """Whatever was asked before, over any number of epochs, a step's rows are its cut of the permutations in a row."""
+    rows = np.arange(100, 100 + num_rows)
+    with contextlib.closing(BatchOrder(rows, batch_size, seed)) as order:
+        epochs = range((max(steps) + 1) * batch_size // num_rows + 1)
+        endless = np.concatenate([np.random.default_rng([seed, e]).permutation(rows) for e in epochs])
+        for step in steps:
+            np.testing.assert_array_equal(order.batch(step), endless[step * batch_size : (step + 1) * batch_size])
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_ranks_share_the_batch(batches: LatentBatches, tmp_path: Path, num_ranks: int) -> None:
+    """At any step of any epoch the ranks' latents, labels and draws together are those of one process, each once."""
+    t = trainer(batches, tmp_path)
+    with contextlib.closing(t.order):
+        for step in (0, 1, 7, 3):
+            t.rank, t.world_size = 0, 1
+            whole = tensors(t.batch(step))
+            t.world_size = num_ranks
+            for t.rank in range(num_ranks):
+                for name, share in tensors(t.batch(step)).items():
+                    assert torch.equal(share, whole[name][t.rank :: num_ranks]), name
+
+
+def test_batches_made_ahead_are_the_same(batches: LatentBatches, tmp_path: Path) -> None:
+    """To the bit, from whatever step."""
+    t = trainer(batches, tmp_path)
+    with contextlib.closing(t.order):
+        for first in (0, 4, 9):
+            with Ahead(t.batch) as ahead:
+                for step in range(first, first + 4):
+                    made, expected = tensors(ahead(step)), tensors(trainer(batches, tmp_path).batch(step))
+                    assert all(torch.equal(made[name], expected[name]) for name in expected | made)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_on_a_gpu_are_the_same(batches: LatentBatches, tmp_path: Path) -> None:
+    """Pinned memory and copies that nobody waits for change no bit."""
+    t = trainer(batches, tmp_path)
+    with contextlib.closing(t.order), Ahead(lambda step: gpu.batch(step)) as ahead:
+        gpu = trainer(batches, tmp_path)
+        gpu.device = torch.device("cuda")
+        for step in range(20):
+            made, expected = tensors(ahead(step)), tensors(t.batch(step))
+            assert all(made[name].is_cuda and torch.equal(made[name].cpu(), expected[name]) for name in expected)
+
+
+def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    """Every tensor of a batch, by name."""
+    draws, labels = batch.draws, {} if batch.labels is None else {"labels": batch.labels}
+    parts = {"z": batch.latents, "eta": draws.eta, "drop": draws.drop}
+    named = {f"{part} {name}": value for part, values in parts.items() for name, value in values.items()}
+    return named | labels | {"t": draws.t, "eps": draws.eps}
+
+
+def test_a_batch_that_cannot_be_made_stops_its_own_step(batches: LatentBatches, tmp_path: Path) -> None:
+    """The steps before it are done, the error keeps its type, and no thread stays."""
+    t = trainer(batches, tmp_path)
+    make = t.batch
+
+    def damaged(step: int) -> Batch:
+        if step == 7:
+            raise IntegrityError("Shard 0 is cut", fix="Make it again.")
+        return make(step)
+
+    t.batch = damaged
+    before = set(threading.enumerate())
+    with pytest.raises(IntegrityError, match="cut"):
+        t.run()
+    assert t.step == 7
+    assert set(threading.enumerate()) <= before
+
+
+def test_log_lines_say_how_long_batches_were_waited_for(batches: LatentBatches, tmp_path: Path) -> None:
+    """As a share of the time since the last line: about all of it where batches are slow, next to none else."""
+    slow, fast = (trainer(batches, tmp_path / name) for name in ("slow", "fast"))
+    make_slow, step_fast = slow.batch, fast.train_step
+    slow.batch = lambda step: (time.sleep(0.2), make_slow(step))[1]
+    fast.train_step = lambda batch: (time.sleep(0.05), step_fast(batch))[1]
+    for t in (slow, fast):
+        t.run(until_step=10)
+    assert slow.history[-1]["loader_wait"] > 0.5
+    assert 0 <= fast.history[-1]["loader_wait"] < 0.2
