@@ -19,12 +19,13 @@ from nestdiff_core import loading, stages
 from nestdiff_core.artifacts import read_json
 from nestdiff_core.cli import main
 from nestdiff_core.cli.digest import experiment_digests
-from nestdiff_core.config import AutoencoderConfig, EncoderConfig, ImagesConfig
+from nestdiff_core.config import AutoencoderConfig, DesignConfig, EncoderConfig, ImagesConfig
 from nestdiff_core.errors import ConfigError, InputError, IntegrityError
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.recipes import toy
 from nestdiff_core.stages import hierarchy
 from nestdiff_core.stages.data import read_ahead
+from nestdiff_core.stores.reader import StoreReader
 
 
 @pytest.fixture
@@ -382,3 +383,21 @@ def test_design_proposes_from_what_was_measured(
     said = capsys.readouterr().out
     assert "proposed" in said and "variance kept" in said and "toy" in said
     assert made.path(Ref("design")) == artifact.path and Ref("design") not in made.refs()
+
+
+def test_design_reads_a_store_that_belongs_to_no_experiment(
+    made: Experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of its images are measured; folder and store say the same."""
+    rows = np.arange(256)
+    stray = shutil.copytree(made.artifact(Ref("features")).path / "store.zarr", tmp_path / "stray.zarr")
+    (made.path(Ref("features")) / "manifest.json").unlink()
+    proposals, spectra = stages.propose_levels(StoreReader(stray, "map"), rows, DesignConfig(nats=5.0))
+    maps = StoreReader(stray, "map").read(rows)[:, 0].astype(np.float64)
+    tokens = maps.mean(axis=(2, 3))  # the grid of 1
+    np.testing.assert_allclose(spectra[1], np.linalg.eigvalsh(np.cov(tokens.T, bias=True))[::-1], rtol=1e-3, atol=1e-7)
+    said = []
+    for target in (stray, made.path(Ref("features"))):
+        assert main(["design", str(target), "--nats", "5"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and len(said[0].splitlines()) == 3 + len(proposals)

@@ -1,24 +1,29 @@
-"""Propose levels from the measured spectra of an experiment's features, beside those that it has.
+"""Propose levels from the measured spectra of an experiment's features, beside those that it has, or of a store.
 
 For each grid the fewest channels that keep a share of the variance, and the noise with which the level tells a stated
-number of nats; settings under `design:`.
+number of nats; settings under `design:`. TARGET is an experiment, whose training images are measured, or the path of a
+feature store, all of whose images are.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
+from nestdiff_core.config import DesignConfig
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.progress import TerminalProgress
 from nestdiff_core.recipes import load_experiment
 
+STORE, GROUP_FILE = "store.zarr", "zarr.json"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from nestdiff_core.cli import add_device, add_experiment
+    from nestdiff_core.cli import add_device
 
-    add_experiment(parser)
+    parser.add_argument("target", nargs="?", metavar="TARGET", help="an experiment, or the path of a feature store")
     add_device(parser)
     parser.add_argument("--nats", type=float, help="information of the top level (default: design.nats)")
     parser.add_argument("--growth", type=float, help="how many times as much the next one has (default: design.growth)")
@@ -26,21 +31,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
     from nestdiff_core import stages
     from nestdiff_core.cli.inspect import format_table
     from nestdiff_core.devices import choose_device
+    from nestdiff_core.stores.reader import StoreReader
 
-    config = load_experiment(arguments.experiment)
     given = {name: getattr(arguments, name) for name in ("nats", "growth", "variance")}
     changes = {name: value for name, value in given.items() if value is not None}
-    x = Experiment(replace(config, design=replace(config.design, **changes)))
     progress = TerminalProgress()
+    if (store := _store(arguments.target)) is not None:
+        reader = StoreReader(store, "map")
+        proposals, _ = stages.propose_levels(reader, np.arange(len(reader)), DesignConfig(**changes), progress=progress)
+        progress.close()
+        print("proposed\n" + format_table(proposal_table([asdict(p) for p in proposals])))
+        return 0
+    config = load_experiment(arguments.target)
+    x = Experiment(replace(config, design=replace(config.design, **changes)))
     artifact = stages.design(x, device=choose_device(arguments.device or config.runtime.device), progress=progress)
     progress.close()
     print("proposed\n" + format_table(proposal_table(artifact.info["proposals"])))
     if own := own_table(x):
         print(f"\n{config.name}\n" + format_table(own))
     return 0
+
+
+def _store(target: str | None) -> Path | None:
+    """The store that a path names, or holds."""
+    folders = (Path(target), Path(target) / STORE) if target else ()
+    return next((folder for folder in folders if (folder / GROUP_FILE).is_file()), None)
 
 
 def proposal_table(proposals: list[dict[str, Any]]) -> list[dict[str, Any]]:

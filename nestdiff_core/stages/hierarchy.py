@@ -7,17 +7,19 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from nestdiff_core import loading
 from nestdiff_core.artifacts import Artifact, ArtifactWriter
 from nestdiff_core.autoencoders import Autoencoder, make_autoencoder
+from nestdiff_core.config import DesignConfig
 from nestdiff_core.encoders.weights import weights_digest
 from nestdiff_core.errors import ConfigError
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.images.index import ImageIndex
 from nestdiff_core.latents.basis import fit_basis
-from nestdiff_core.latents.design import propose
-from nestdiff_core.latents.hierarchy import encode_levels, level_moments
+from nestdiff_core.latents.design import Proposal, propose
+from nestdiff_core.latents.hierarchy import FeatureMaps, encode_levels, level_moments
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stages.common import reuse
 from nestdiff_core.stages.data import open_maps
@@ -55,8 +57,18 @@ def design(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -
     ref, config = Ref("design"), x.config.design
     if (made := reuse(x, ref)) is not None:
         return made
-    index, reader = loading.open_index(x), open_maps(x, None, device)
-    side = reader.shape[-1]
+    rows = loading.open_index(x).rows("train")
+    proposals, spectra = propose_levels(open_maps(x, None, device), rows, config, progress=progress)
+    with x.writing(ref) as writer:
+        plain = [dataclasses.asdict(p) for p in proposals]
+        return writer.seal(proposals=plain, eigenvalues={str(grid): e.tolist() for grid, e in spectra.items()})
+
+
+def propose_levels(
+    maps: FeatureMaps, rows: Int[np.ndarray, " n"], config: DesignConfig, *, progress: Progress = silent
+) -> tuple[list[Proposal], dict[int, np.ndarray]]:
+    """Levels proposed from the maps of the images `rows`, and the eigenvalues of their tokens for each grid."""
+    side = maps.shape[-1]
     grids = config.grids or [2**power for power in range(side.bit_length()) if 2**power < side or side == 1]
     if max(grids) > side:
         raise ConfigError(
@@ -67,12 +79,9 @@ def design(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -
             found=max(grids),
             fix="Leave it out.",
         )
-    moments = level_moments(reader, sorted(grids), index.rows("train"), progress=progress)
-    spectra = {grid: fit_basis(m, 1, level=0).eigenvalues for grid, m in moments.items()}
-    proposals = propose(spectra, nats=config.nats, growth=config.growth, variance=config.variance)
-    with x.writing(ref) as writer:
-        rows = [dataclasses.asdict(p) for p in proposals]
-        return writer.seal(proposals=rows, eigenvalues={str(grid): e.tolist() for grid, e in spectra.items()})
+    by_grid = level_moments(maps, sorted(grids), rows, progress=progress)
+    spectra = {grid: fit_basis(m, 1, level=0).eigenvalues for grid, m in by_grid.items()}
+    return propose(spectra, nats=config.nats, growth=config.growth, variance=config.variance), spectra
 
 
 def latents(
