@@ -374,7 +374,12 @@ class ArtifactWriter:
         self._parts: dict[str, dict[str, Any]] = {}  # records of the parts that are whole
 
     def part(self, name: str) -> dict[str, Any] | None:
-        """The committed record of partition `name`, or None; a part whose files changed does not count."""
+        """The committed record of partition `name`, or None; a part whose files changed does not count.
+
+        Its files are read once by a writer; with a mirror, what the mirror says is asked every time.
+        """
+        if self.mirror is None and name in self._parts:
+            return self._parts[name]
         path = self.path / PARTS / f"{name}.json"
         shared = None if self.mirror is None else self.mirror.part(self.path, name)
         if shared is None and not path.is_file():

@@ -198,9 +198,11 @@ class Mirror:
     # --- parts of an artifact that several machines write -----------------------------------------------------------
 
     def part(self, path: Path, name: str) -> dict[str, Any] | None:
-        """The record of a part that some machine has committed."""
+        """The record of a part that some machine has committed; a damaged one does not count."""
         data = self.remote.read(self._key(path, f"{PARTS}/{name}.json"))
-        return None if data is None else json.loads(data)
+        with contextlib.suppress(ValueError):
+            return None if data is None else json.loads(data)
+        return None
 
     def commit_part(self, path: Path, name: str, record: dict[str, Any]) -> dict[str, Any]:
         """Put the files of a part, then its record, into object storage; returns the record that holds.
