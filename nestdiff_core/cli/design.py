@@ -34,9 +34,9 @@ def run(arguments: argparse.Namespace) -> int:
     given = {name: getattr(arguments, name) for name in ("nats", "growth", "variance")}
     changes = {name: value for name, value in given.items() if value is not None}
     x = Experiment(replace(config, design=replace(config.design, **changes)))
-    progress = TerminalProgress()
-    artifact = stages.design(x, device=choose_device(arguments.device or config.runtime.device), progress=progress)
-    progress.close()
+    device = choose_device(arguments.device or config.runtime.device)
+    with TerminalProgress() as progress:
+        artifact = stages.design(x, device=device, progress=progress)
     print("proposed\n" + format_table(proposal_table(artifact.info["proposals"])))
     if own := own_table(x):
         print(f"\n{config.name}\n" + format_table(own))
