@@ -19,6 +19,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -29,7 +30,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nestdiff_core.errors import EnvironmentFault, IntegrityError, LockHeld
+from nestdiff_core.errors import EnvironmentFault, IntegrityError, LockHeld, NestdiffError
 
 if TYPE_CHECKING:
     from nestdiff_core.mirror import Mirror
@@ -173,16 +174,27 @@ def environment_faults(path: Path) -> Iterator[None]:
     }
     try:
         yield
-    except OSError as error:
-        if isinstance(error, EnvironmentFault) or error.errno not in cures:
+    except NestdiffError:
+        raise
+    except Exception as error:
+        number = _system_error(error)
+        if number not in cures:
             raise
         free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
         raise EnvironmentFault(
-            f"Writing {path.name} failed ({error.strerror})",
+            f"Writing {path.name} failed ({os.strerror(number)})",
             path=path,
             found=f"{free / 2**20:.0f} MiB free",
-            fix=cures[error.errno],
+            fix=cures[number],
         ) from error
+
+
+def _system_error(error: Exception) -> int:
+    """The operating system's number of an error, which libraries in Rust (safetensors) only write out; 0: none."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    written = re.search(r"\(os error (\d+)\)", str(error))
+    return int(written[1]) if written else 0
 
 
 # --- one writer at a time -----------------------------------------------------------------------------------------
@@ -216,8 +228,9 @@ class DirectoryLock:
                 found=f"locked by {holder}",
                 fix="Wait for it to end, or stop it.",
             ) from None
-        os.ftruncate(handle, 0)
-        os.write(handle, f"pid {os.getpid()} on {socket.gethostname()}".encode())
+        with contextlib.suppress(OSError):  # the name is a courtesy: `gc` must be able to make room on a full disk
+            os.ftruncate(handle, 0)
+            os.write(handle, f"pid {os.getpid()} on {socket.gethostname()}".encode())
         self._handle = handle
         return self
 
@@ -340,7 +353,8 @@ def is_sealed(path: Path) -> bool:
 
 def open_artifact(path: Path, *, stage: str, expected: str | None = None, mirror: Mirror | None = None) -> Artifact:
     """The sealed artifact at `path`, or an IntegrityError; `expected` is the fingerprint that it must have."""
-    version = read_json(path / MANIFEST, stage=stage).get("schema_version")
+    record = read_json(path / MANIFEST, stage=stage)
+    version = record.get("schema_version") if isinstance(record, dict) else None
     if version != SCHEMA_VERSION:  # asked first: another version may vouch for itself in another way
         raise IntegrityError(
             "The artifact was written by another version of nestdiff",
@@ -468,7 +482,11 @@ def writing(
     header: stage, level, fingerprint, config, inputs. With `keep_parts` the files of an earlier attempt stay where
     they are, for a stage that continues; what was sealed is unsealed meanwhile. mirror: where it is put as well.
     """
-    with DirectoryLock(path, stage=header["stage"], level=header["level"]), environment_faults(path):
+    with (
+        _naming(header["stage"], header["level"]),
+        DirectoryLock(path, stage=header["stage"], level=header["level"]),
+        environment_faults(path),
+    ):
         writer = ArtifactWriter(path, {"schema_version": SCHEMA_VERSION, **header}, mirror)
         if keep_parts:
             (path / MANIFEST).unlink(missing_ok=True)
@@ -489,6 +507,17 @@ def writing(
                 _move_children(previous, path)
                 previous.rmdir()
             raise
+
+
+@contextlib.contextmanager
+def _naming(stage: str, level: int | None) -> Iterator[None]:
+    """Refusals within the block that do not say which stage they befell are those of this one."""
+    try:
+        yield
+    except NestdiffError as error:
+        if error.stage is None:
+            error.stage, error.level = stage, level if error.level is None else error.level
+        raise
 
 
 def _children(path: Path) -> list[Path]:

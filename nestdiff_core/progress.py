@@ -26,10 +26,19 @@ def silent(done: int, total: int, what: str, **numbers: float) -> None:
 
 
 class TerminalProgress:
-    """A tqdm bar on stderr, a new one whenever `what` changes."""
+    """A tqdm bar on stderr, a new one whenever `what` changes.
+
+    As a context manager it closes the last one, so that a refusal is said behind it.
+    """
 
     def __init__(self) -> None:
         self._what, self._bar = "", None
+
+    def __enter__(self) -> TerminalProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __call__(self, done: int, total: int, what: str, **numbers: float) -> None:
         if self._bar is None or what != self._what:

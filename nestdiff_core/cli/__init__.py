@@ -14,9 +14,15 @@ import os
 import sys
 from collections.abc import Sequence
 
-from nestdiff_core.errors import EXIT_CODES, ConfigError, Interrupted, NestdiffError
+from nestdiff_core.errors import EXIT_CODES, ConfigError, EnvironmentFault, Interrupted, NestdiffError
 
 VERBS = ("run", "train", "sample", "search", "design", "inspect", "verify", "gc", "digest", "doctor")
+
+
+_LESS = (
+    "Lower features.batch_size (or the batch_size of the stage that ran), or free some memory, and run the same "
+    "command again; committed work is kept."
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,9 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed = make_parser().parse_args(arguments)
         return int(parsed.run(parsed))
     except NestdiffError as error:
-        print(error, file=sys.stderr)
-        print(error.to_json(), file=sys.stderr, flush=True)
-        return error.code
+        return _refuse(error)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        said = str(error).split("\n", 1)[0]
+        return _refuse(EnvironmentFault(f"There is not enough memory ({said or type(error).__name__})", fix=_LESS))
     except KeyboardInterrupt:
         stopped = Interrupted("Stopped by the keyboard", fix="Run the same command again: finished work is kept.")
         print(stopped.to_json(), file=sys.stderr)
@@ -72,3 +81,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _refuse(error: NestdiffError) -> int:
+    # a key of a hostile image may hold newlines and terminal commands
+    print("".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error)), file=sys.stderr)
+    print(error.to_json(), file=sys.stderr, flush=True)
+    return error.code
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python's own and pyarrow's MemoryError; torch and threads say it with a RuntimeError."""
+    words = ("can't allocate memory", "can't start new thread", "out of memory")
+    return isinstance(error, MemoryError) or any(said in str(error) for said in words)

@@ -40,17 +40,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     given = {name: getattr(arguments, name) for name in ("nats", "growth", "variance")}
     changes = {name: value for name, value in given.items() if value is not None}
-    progress = TerminalProgress()
     if (store := _store(arguments.target)) is not None:
-        reader = StoreReader(store, "map")
-        proposals, _ = stages.propose_levels(reader, np.arange(len(reader)), DesignConfig(**changes), progress=progress)
-        progress.close()
+        reader, own = StoreReader(store, "map"), DesignConfig(**changes)
+        with TerminalProgress() as progress:
+            proposals, _ = stages.propose_levels(reader, np.arange(len(reader)), own, progress=progress)
         print("proposed\n" + format_table(proposal_table([asdict(p) for p in proposals])))
         return 0
     config = load_experiment(arguments.target)
     x = Experiment(replace(config, design=replace(config.design, **changes)))
-    artifact = stages.design(x, device=choose_device(arguments.device or config.runtime.device), progress=progress)
-    progress.close()
+    device = choose_device(arguments.device or config.runtime.device)
+    with TerminalProgress() as progress:
+        artifact = stages.design(x, device=device, progress=progress)
     print("proposed\n" + format_table(proposal_table(artifact.info["proposals"])))
     if own := own_table(x):
         print(f"\n{config.name}\n" + format_table(own))

@@ -25,38 +25,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     experiment = Experiment(load_experiment(arguments.experiment))
-    from nestdiff_core import stages
-    from nestdiff_core.cli import train
     from nestdiff_core.devices import choose_device
 
-    progress = TerminalProgress()
     device = choose_device(arguments.device or experiment.config.runtime.device)
     optional = {"features", "crops", "text"} - {ref.stage for ref in experiment.refs()}
     for stage in arguments.stage or STAGES:
         if stage in optional:
             continue
-        match stage:
-            case "train":
-                for level in range(1, experiment.config.num_levels + 1):
-                    code = train.run(
-                        argparse.Namespace(
-                            experiment=arguments.experiment,
-                            level=level,
-                            processes=None,
-                            until_step=None,
-                            device=arguments.device,
-                        )
-                    )
-                    if code:
-                        return code
-            case "images":
-                stages.images(experiment, progress=progress)
-            case "crops":
-                for level in range(1, experiment.config.num_levels + 1):
-                    if experiment.config.has_crops(level):
-                        stages.crops(experiment, level, device=device, progress=progress)
-            case _:
-                getattr(stages, stage)(experiment, device=device, progress=progress)
-        progress.close()
+        with TerminalProgress() as progress:
+            code = _run_stage(experiment, stage, arguments, device, progress)
+        if code:
+            return code
         print(f"{stage}: done", flush=True)
+    return 0
+
+
+def _run_stage(
+    experiment: Experiment, stage: str, arguments: argparse.Namespace, device: str, progress: TerminalProgress
+) -> int:
+    from nestdiff_core import stages
+    from nestdiff_core.cli import train
+
+    match stage:
+        case "train":
+            for level in range(1, experiment.config.num_levels + 1):
+                code = train.run(
+                    argparse.Namespace(
+                        experiment=arguments.experiment,
+                        level=level,
+                        processes=None,
+                        until_step=None,
+                        device=arguments.device,
+                    )
+                )
+                if code:
+                    return code
+        case "images":
+            stages.images(experiment, progress=progress)
+        case "crops":
+            for level in range(1, experiment.config.num_levels + 1):
+                if experiment.config.has_crops(level):
+                    stages.crops(experiment, level, device=device, progress=progress)
+        case _:
+            getattr(stages, stage)(experiment, device=device, progress=progress)
     return 0

@@ -50,15 +50,11 @@ def run(arguments: argparse.Namespace) -> int:
     from nestdiff_core.evaluation.figures import image_grid
     from nestdiff_core.evaluation.samples import save_samples
 
-    progress, device = TerminalProgress(), choose_device(arguments.device or experiment.config.runtime.device)
-    z = loading.generate(
-        experiment,
-        range(arguments.num_images),
-        seed=arguments.seed,
-        device=device,
-        progress=progress,
-    )
-    progress.close()
+    device = choose_device(arguments.device or experiment.config.runtime.device)
+    with TerminalProgress() as progress:
+        z = loading.generate(
+            experiment, range(arguments.num_images), seed=arguments.seed, device=device, progress=progress
+        )
     pictures = loading.decode(experiment, z[1], device=device)
     if out.suffix == ".npz":
         save_samples(out, pictures)

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import REPOSITORY
 
 from nestdiff_core.cli.digest import experiment_digests
 from nestdiff_core.experiment import Experiment
 from nestdiff_core.recipes import toy
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 ROUNDS = int(os.environ.get("NESTDIFF_STORM_ROUNDS", "10"))
 
 
