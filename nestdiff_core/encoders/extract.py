@@ -31,20 +31,20 @@ def extract_features(
     batch_size: int,
     dtype: str,
     *,
-    first_row: int = 0,
+    name: Callable[[int], str] = "row {}".format,
     flip: bool = False,
 ) -> tuple[Float[np.ndarray, "N views D S S"], Float[np.ndarray, "N views V"]]:
     """Feature maps and vectors of `images` as `dtype` (float16 or float32).
 
-    View 0 is the image; with `flip` view 1 is its mirror image. Raises NumericsError, naming the row (counted from
-    `first_row`) and the channel, for a feature that is not finite or does not fit `dtype`.
+    View 0 is the image; with `flip` view 1 is its mirror image. Raises NumericsError, naming the image (`name` of its
+    number) and the channel, for a feature that is not finite or does not fit `dtype`.
     """
     maps = np.empty((len(images), 1 + flip, encoder.map_channels, encoder.map_side, encoder.map_side), dtype)
     vectors = np.empty((len(images), 1 + flip, encoder.vector_channels), dtype)
     for view, pictures in enumerate(_views(images, flip)):
         for rows, features in _passes(encoder, pictures, batch_size):
             for kind, store, found in zip(("map", "vector"), (maps, vectors), features, strict=True):
-                store[rows, view] = _stored(found, dtype, kind, first_row + rows.start)
+                store[rows, view] = _stored(found, dtype, kind, lambda i, rows=rows: name(rows.start + i))
     return maps, vectors
 
 
@@ -66,7 +66,7 @@ def extract_crops(
     batch_size: int,
     dtype: str,
     *,
-    first_row: int = 0,
+    name: Callable[[int], str] = "row {}".format,
     flip: bool = False,
 ) -> Float[np.ndarray, "N views V {grid} {grid}"]:
     """`encode_crops` of `images` as `dtype`, `batch_size` crops a pass; views and errors as in `extract_features`.
@@ -77,7 +77,9 @@ def extract_crops(
     for view, pictures in enumerate(_views(images, flip)):
         vectors = np.empty((len(images) * grid**2, encoder.vector_channels), dtype)
         for rows, (_, found) in _passes(encoder, _crops(pictures, grid), batch_size):
-            vectors[rows] = _stored(found, dtype, "vector of a crop", first_row, rows.start, grid**2)
+            vectors[rows] = _stored(
+                found, dtype, "vector of a crop", lambda i, rows=rows: name((rows.start + i) // grid**2)
+            )
         maps[:, view] = vectors.reshape(len(images), grid, grid, -1).transpose(0, 3, 1, 2)
     return maps
 
@@ -88,14 +90,16 @@ def encode_captions(
     batch_size: int,
     dtype: str,
     *,
-    first_row: int = 0,
+    name: Callable[[int], str] = "row {}".format,
 ) -> Float[np.ndarray, "N T W"]:
     """Tokens of `captions` as `dtype`. encode: a text tower's."""
     tokens = []
     for start in range(0, len(captions), batch_size):
         batch = list(captions[start : start + batch_size])
         found = encode(batch + [""] * (batch_size - len(batch)))[: len(batch)]
-        tokens.append(_stored(found.transpose(1, 2), dtype, "caption", first_row + start).swapaxes(1, 2))
+        tokens.append(
+            _stored(found.transpose(1, 2), dtype, "caption", lambda i, start=start: name(start + i)).swapaxes(1, 2)
+        )
     return np.concatenate(tokens)
 
 
@@ -129,9 +133,9 @@ def _crops(images: np.ndarray, grid: int) -> UInt8[np.ndarray, "crops s s C"]:
 
 
 def _stored(
-    features: Float[Tensor, "B C *_"], dtype: str, kind: str, first_row: int, first: int = 0, per_row: int = 1
+    features: Float[Tensor, "B C *_"], dtype: str, kind: str, name: Callable[[int], str]
 ) -> Float[np.ndarray, "B C *_"]:
-    """`features` as they are stored. first: number of the first of them; `per_row` of them share one row."""
+    """`features` as they are stored. name: what an error calls the i-th of them."""
     exact = features.float().cpu().numpy()
     with np.errstate(over="ignore"):
         stored = exact.astype(dtype)
@@ -141,7 +145,7 @@ def _stored(
         raise NumericsError(
             f"A feature ({kind}) is not finite as {dtype}",
             stage="features",
-            key=f"row {first_row + (first + item) // per_row}, channel {channel}",
+            key=f"{name(item)}, channel {channel}",
             expected=f"at most {np.finfo(dtype).max:g}",
             found=float(exact[bad][0]),
             fix="If it is only too large, set features.dtype: float32; else check the encoder's weights.",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -114,6 +114,11 @@ class ImageIndex:
     def keys(self) -> list[str]:
         return self._table.column("key").to_pylist()
 
+    def namer(self, shard: int) -> Callable[[int], str]:
+        """What an error calls the i-th image of a shard."""
+        first = self.shards[shard].first_row
+        return lambda i: f"{self._table.column('key')[first + i].as_py()} (row {first + i})"
+
     def captions(self, rows: slice = slice(None)) -> list[list[str]]:
         """The captions of the images `rows` (a slice without steps)."""
         start, stop, _ = rows.indices(self.num_images)
@@ -158,7 +163,7 @@ class ImageIndex:
                     f"An image of the index {picture.reason}",
                     stage="images",
                     path=shard.path,
-                    key=self.keys[shard.first_row + i],
+                    key=self.namer(k)(i),
                     fix="It could be decoded when the index was made: see that memory and libraries are as they were.",
                 )
             pixels[i] = np.frombuffer(picture.content, np.uint8).reshape(pixels.shape[1:])

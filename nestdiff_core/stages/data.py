@@ -85,10 +85,9 @@ def features(
         shapes = {name: (views, *shape) for name, shape in feature_shapes(frozen).items()}
 
         def encode(pixels: np.ndarray, k: int) -> dict[str, np.ndarray]:
-            row = index.shards[k].first_row
             with encoding_precision(config.precision, device):
                 feature_map, vector = extract_features(
-                    frozen, pixels, config.batch_size, config.dtype, first_row=row, flip=config.flip
+                    frozen, pixels, config.batch_size, config.dtype, name=index.namer(k), flip=config.flip
                 )
             return {"map": feature_map, "vector": vector}
 
@@ -110,10 +109,9 @@ def crops(
         frozen = load_encoder(x.artifact(Ref("encoder")), device=device, compiled=config.compile)
 
         def encode(pixels: np.ndarray, k: int) -> dict[str, np.ndarray]:
-            row = index.shards[k].first_row
             with encoding_precision(config.precision, device):
                 maps = extract_crops(
-                    frozen, pixels, grid, config.batch_size, config.dtype, first_row=row, flip=config.flip
+                    frozen, pixels, grid, config.batch_size, config.dtype, name=index.namer(k), flip=config.flip
                 )
             return {"map": maps}
 
@@ -140,7 +138,8 @@ def text(
 
         def encode(captions: list[list[str]], k: int) -> dict[str, np.ndarray]:
             chosen = [c for several in captions for c in itertools.islice(itertools.cycle(several), count)]
-            tokens = encode_captions(tower.encode, chosen, config.batch_size, dtype)
+            name = index.namer(k)
+            tokens = encode_captions(tower.encode, chosen, config.batch_size, dtype, name=lambda i: name(i // count))
             return {loading.TOKENS: tokens.reshape(-1, count, *tokens.shape[1:])}
 
         shapes = {loading.TOKENS: (count, config.length, config.width)}
@@ -267,12 +266,12 @@ class EncodedMaps:
 
     def _encode(self, pixels: np.ndarray, shard: int) -> np.ndarray:
         batch, dtype, flip = self.config.batch_size, self.config.dtype, self.config.flip
-        row = self.index.shards[shard].first_row
+        name = self.index.namer(shard)
         with encoding_precision(self.config.precision, self.device):
             if self.grid is None or self.grid == 1:
-                both = extract_features(self.encoder, pixels, batch, dtype, first_row=row, flip=flip)
+                both = extract_features(self.encoder, pixels, batch, dtype, name=name, flip=flip)
                 return both[0] if self.grid is None else both[1][..., None, None]
-            return extract_crops(self.encoder, pixels, self.grid, batch, dtype, first_row=row, flip=flip)
+            return extract_crops(self.encoder, pixels, self.grid, batch, dtype, name=name, flip=flip)
 
 
 def open_maps(x: Experiment, level: int | None, device: str) -> FeatureMaps:

@@ -27,6 +27,10 @@ from nestdiff_core.recipes import toy
 SMALL = EncoderConfig(kind="moco", input_size=8, vit=ViTConfig(patch_size=2, width=16, depth=2, num_heads=2))
 
 
+def called(i: int) -> str:
+    return f"image {i}"
+
+
 class Brightness(Encoder):
     """The map is the image at 4 x 4, the vector its mean colour, both `factor` times too bright."""
 
@@ -118,8 +122,8 @@ def test_unusable_features_are_refused(encoder: ViTEncoder, value: float, dtype:
     with torch.no_grad():
         encoder.network.norm.bias[5] = value
     with pytest.raises(NumericsError, match="not finite as") as caught:
-        extract_features(encoder, images(3), 2, dtype, first_row=100)
-    assert caught.value.key == "row 100, channel 5"
+        extract_features(encoder, images(3), 2, dtype, name=called)
+    assert caught.value.key == "image 0, channel 5"
 
 
 def test_the_row_of_an_overflow() -> None:
@@ -128,11 +132,11 @@ def test_the_row_of_an_overflow() -> None:
     x[5, 4:, 4:, 1] = 255
     encoder = Brightness(1e6)
     with pytest.raises(NumericsError, match=r"\(map\)") as caught:
-        extract_features(encoder, x, 2, "float16", first_row=100, flip=True)
-    assert caught.value.key == "row 105, channel 1"
+        extract_features(encoder, x, 2, "float16", name=called, flip=True)
+    assert caught.value.key == "image 5, channel 1"
     with pytest.raises(NumericsError, match="crop") as caught:
-        extract_crops(encoder, x, 2, 3, "float16", first_row=100)
-    assert caught.value.key == "row 105, channel 1"
+        extract_crops(encoder, x, 2, 3, "float16", name=called)
+    assert caught.value.key == "image 5, channel 1"
 
 
 def test_captions_are_encoded_in_full_passes() -> None:
@@ -148,8 +152,8 @@ def test_captions_are_encoded_in_full_passes() -> None:
     np.testing.assert_array_equal(found, encode(captions).numpy())
     assert sizes[:3] == [2, 2, 2] and found.dtype == np.float16
     with pytest.raises(NumericsError, match="caption") as caught:
-        encode_captions(encode, [*captions, "x" * 6], 2, "float16", first_row=40)
-    assert caught.value.key == "row 45, channel 2"
+        encode_captions(encode, [*captions, "x" * 6], 2, "float16", name=called)
+    assert caught.value.key == "image 5, channel 2"
 
 
 COMPILE = """

@@ -215,7 +215,7 @@ def test_features_that_are_not_numbers(forks: Forks, tmp_path: Path, value: floa
     encoder = {"kind": "timm", "name": "test_vit", "weights": str(tmp_path / "vit.safetensors"), "input_size": 32}
     pipeline = write_pipeline(forks, tmp_path / "x", encoder=encoder)
     assert pipeline.run("images", "encoder").code == 0
-    refusal = assert_refused(pipeline.run("features"), 6, stage="features", key="row 0, channel 5")
+    refusal = assert_refused(pipeline.run("features"), 6, stage="features", key="0000%2Epng (row 0), channel 5")
     assert words in refusal["error"]
     assert [name for name in committed(pipeline.home) if "features" in name.parts] == []
     assert shards(pipeline, "features") == []

@@ -59,7 +59,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     original = extract.extract_features
 
     def counting(*args: Any, **kwargs: Any) -> Any:
-        rows.append(kwargs["first_row"])
+        rows.append(int(kwargs["name"](0).partition("row ")[2].rstrip(")")))
         return original(*args, **kwargs)
 
     monkeypatch.setattr("nestdiff_core.stages.data.extract_features", counting)
