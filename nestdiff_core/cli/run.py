@@ -55,6 +55,7 @@ def _run_stage(
                         level=level,
                         processes=None,
                         until_step=None,
+                        dry_run=False,
                         device=arguments.device,
                     )
                 )

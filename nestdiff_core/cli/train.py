@@ -1,6 +1,7 @@
 """Train the denoiser of one level. The same command resumes after a stop; a finished level is only checked.
 
-Training runs in processes of its own under torchrun.
+Training runs in processes of its own under torchrun. With --dry-run nothing is trained: the level's configuration is
+printed, and what training it will take, measured on a few steps with noise in place of latents.
 """
 
 from __future__ import annotations
@@ -10,6 +11,10 @@ import contextlib
 import os
 import sys
 
+import yaml
+
+from nestdiff_core.config import ExperimentConfig
+from nestdiff_core.config_io import to_dict
 from nestdiff_core.errors import ConfigError, Interrupted, NestdiffError
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.progress import LogProgress, Progress, TerminalProgress, silent
@@ -28,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--processes", type=int, metavar="N", help="worker processes, one per GPU (default: the experiment's)"
     )
     parser.add_argument("--until-step", type=int, metavar="STEP", help="save and stop at this step; resume later")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be trained, how long, in what memory")
     add_device(parser)
 
 
@@ -39,6 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     for name, value in (("--processes", processes), ("--until-step", arguments.until_step)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} cannot be used", key=name, expected=">= 1", found=value, fix="Change it.")
+    if arguments.dry_run:
+        return _dry_run(config, arguments.level, device, processes)
     if launch.DIE_WITH_PARENT in os.environ:
         launch.die_with_parent()
     if launch.under_torchrun():
@@ -54,6 +62,28 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.until_step is not None:
         command.append(f"--until-step={arguments.until_step}")
     return launch.run_torchrun(command, num_processes=processes)
+
+
+def _dry_run(config: ExperimentConfig, level: int, device: str, processes: int) -> int:
+    import torch
+
+    from nestdiff_core.devices import choose_device
+    from nestdiff_core.training.estimate import estimate
+
+    plain, own = to_dict(config), config.level(level)
+    shown = {"conditioning": plain["conditioning"], "diffusion": plain["diffusion"], "level": to_dict(own)}
+    print(yaml.safe_dump(shown, sort_keys=False))
+    device = choose_device(device)
+    classes = 1000 if config.conditioning.labels == "class" else 0  # how many changes next to nothing
+    found = estimate(config, level, device=torch.device(device), processes=processes, num_classes=classes)
+    shapes = {f"z_{m}": config.latent_shape(m) for m in (*config.levels_above(level), level)}
+    seconds = found.seconds_per_step * own.train.num_steps
+    print("reads           " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
+    print(f"network         {found.parameters / 1e6:.2f} M parameters, {found.macs / 1e9:.3f} GMACs an image")
+    print(f"a step          {found.seconds_per_step:.3f} s on {device}, {own.train.batch_size} images")
+    print(f"all {own.train.num_steps} steps  about {seconds / 3600:.2f} hours, {processes} process(es)")
+    print(f"memory          {found.memory / 2**30:.2f} GiB in each process")
+    return 0
 
 
 def _work(experiment: Experiment, arguments: argparse.Namespace) -> int:
