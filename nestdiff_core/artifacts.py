@@ -24,7 +24,7 @@ import shutil
 import socket
 import subprocess
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -475,18 +475,26 @@ class ArtifactWriter:
 
 @contextlib.contextmanager
 def writing(
-    path: Path, header: dict[str, Any], *, keep_parts: bool = False, mirror: Mirror | None = None
+    path: Path,
+    header: dict[str, Any],
+    *,
+    keep_parts: bool = False,
+    mirror: Mirror | None = None,
+    check: Callable[[], object] | None = None,
 ) -> Iterator[ArtifactWriter]:
     """Write an artifact at `path` under its lock: to be sealed within the block, or what was there before comes back.
 
     header: stage, level, fingerprint, config, inputs. With `keep_parts` the files of an earlier attempt stay where
     they are, for a stage that continues; what was sealed is unsealed meanwhile. mirror: where it is put as well.
+    check: called under the lock before anything is touched; what it raises ends the attempt.
     """
     with (
         _naming(header["stage"], header["level"]),
         DirectoryLock(path, stage=header["stage"], level=header["level"]),
         environment_faults(path),
     ):
+        if check is not None:
+            check()
         writer = ArtifactWriter(path, {"schema_version": SCHEMA_VERSION, **header}, mirror)
         if keep_parts:
             (path / MANIFEST).unlink(missing_ok=True)

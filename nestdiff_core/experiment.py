@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nestdiff_core.artifacts import (
+    MANIFEST,
     SCHEMA_VERSION,
     Artifact,
     ArtifactWriter,
@@ -31,7 +32,7 @@ from nestdiff_core.artifacts import (
 )
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.config_io import to_dict
-from nestdiff_core.errors import IntegrityError
+from nestdiff_core.errors import IntegrityError, LockHeld
 from nestdiff_core.mirror import Mirror
 
 
@@ -206,6 +207,7 @@ class Experiment:
         self.config = config
         self.root = root if root is not None else home()
         self.mirror = Mirror.from_environment(self.root)
+        self._seen: dict[Path, str | None] = {}  # digest of what `find` found last, None: nothing
 
     def refs(self) -> list[Ref]:
         """Every artifact that this experiment needs, in the order in which they are made."""
@@ -282,7 +284,10 @@ class Experiment:
             path = self.path(ref)
         except IntegrityError:
             return None
-        return self._open(ref, path)
+        self._seen.pop(path, None)
+        artifact = self._open(ref, path)
+        self._seen[path] = None if artifact is None else artifact.digest
+        return artifact
 
     def _open(self, ref: Ref, path: Path) -> Artifact | None:
         """The sealed artifact of `path`, brought here from object storage if need be."""
@@ -291,8 +296,29 @@ class Experiment:
         return open_artifact(path, stage=ref.stage, expected=path.name, mirror=self.mirror)
 
     def writing(self, ref: Ref, *, keep_parts: bool = False) -> AbstractContextManager[ArtifactWriter]:
-        """Write the artifact under its lock; see `artifacts.writing`."""
-        return writing(self.path(ref), self.header(ref), keep_parts=keep_parts, mirror=self.mirror)
+        """Write the artifact under its lock; see `artifacts.writing`.
+
+        Raises LockHeld where another process has made it since `find` looked: it was going to be made twice, and
+        taken away from who has begun to read it.
+        """
+        path = self.path(ref)
+
+        def check() -> None:
+            if path not in self._seen:
+                return
+            seen, now = self._seen.pop(path), None
+            if is_sealed(path):
+                now = read_json(path / MANIFEST, stage=ref.stage).get("digest")
+            if now is not None and now != seen:
+                raise LockHeld(
+                    f"Another process has just made {ref}",
+                    stage=ref.stage,
+                    level=ref.level,
+                    path=path,
+                    fix="Run the same command again: it goes on from there.",
+                )
+
+        return writing(path, self.header(ref), keep_parts=keep_parts, mirror=self.mirror, check=check)
 
     def artifact(self, ref: Ref, *, _known: Known | None = None) -> Artifact:
         """The sealed artifact; else an IntegrityError: what is missing, what differs from the nearest one, the cure."""

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 from harness import KILLED, Child, Pipeline, assert_recovered, committed, make_first, wait_for
 
+from nestdiff_core.errors import LockHeld
+from nestdiff_core.experiment import Ref
+from nestdiff_core.stages.common import reuse
+
 
 def is_stopped(child: Child) -> bool:
     return Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
@@ -52,11 +56,26 @@ def test_a_run_that_was_left_behind_is_not_written_over(pipeline: Pipeline, undi
     assert_recovered(pipeline, undisturbed, kept)
 
 
+def test_what_another_has_made_meanwhile_is_not_made_again(pipeline: Pipeline, undisturbed: Pipeline) -> None:
+    """Between a look for an artifact and its lock another run may seal it: refused, and what it sealed stays."""
+    x = pipeline.x
+    assert reuse(x, Ref("images")) is None
+    make_first(pipeline, undisturbed, "encoder")
+    made = committed(pipeline.home)
+    with pytest.raises(LockHeld, match="has just made images"), x.writing(Ref("images")):
+        pass
+    assert committed(pipeline.home) == made
+    assert reuse(x, Ref("images")) is not None
+    with pytest.raises(KeyboardInterrupt), x.writing(Ref("images")):  # on purpose it can be made again
+        raise KeyboardInterrupt
+
+
 def together(pipeline: Pipeline, undisturbed: Pipeline, number: int) -> None:
-    """So many runs of everything started at once: each is done or refused by a lock, and one more finds all made."""
+    """So many runs of everything started at once: each is done or refused, and one more finds all made."""
     outcomes = [child.wait() for child in [pipeline.start() for _ in range(number)]]
     assert {outcome.code for outcome in outcomes} <= {0, 5}, "\n".join(outcome.said for outcome in outcomes)
-    assert all("locked by" in outcome.refusal["found"] for outcome in outcomes if outcome.code == 5)
+    refusals = [outcome.refusal for outcome in outcomes if outcome.code == 5]
+    assert all("locked by" in str(r["found"]) or "has just made" in r["error"] for r in refusals), refusals
     assert any(outcome.code == 0 for outcome in outcomes)
     kept = committed(pipeline.home)
     assert pipeline.run().code == 0
