@@ -211,7 +211,10 @@ def serve() -> None:
         images = [requests.read(size) for size in request["sizes"]]
         for data in images:
             signal.alarm(request["seconds"])  # not handled: it ends a decoder that hangs, even within C
-            found = decode_one(data, *request["settings"])
+            try:
+                found = decode_one(data, *request["settings"])
+            except MemoryError:
+                found = Failure(f"cannot be decoded (it takes more than {DECODER_BYTES / 2**30:g} GiB)")
             signal.alarm(0)
             if isinstance(found, Failure):
                 answers.write(json.dumps(found._asdict()).encode() + b"\n")

@@ -54,7 +54,7 @@ def decode(data: bytes) -> Decoded:
             Image.open(io.BytesIO(data)).verify()  # its checksums, which loading does not look at
         image.load()
         return Decoded(_eight_bits(ImageOps.exif_transpose(image)), several)
-    except InputError:
+    except (InputError, MemoryError):  # memory: not the image's fault
         raise
     except UnidentifiedImageError as error:  # whose text has the address of the buffer in it
         raise _unusable(f"is no {', '.join(FORMATS)}" if data else "is empty") from error

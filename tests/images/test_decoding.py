@@ -29,7 +29,7 @@ def decode_one(data, *settings):
     if data.endswith(b"crash"): os.kill(os.getpid(), signal.SIGSEGV)
     if data.endswith(b"leave"): os._exit(3)
     if data.endswith(b"hang"): time.sleep(1000)
-    if data.endswith(b"eat"): bytearray(2**40)
+    if data.endswith(b"eat"): bytearray(2**33)
     return original(data, *settings)
 decoding.decode_one = decode_one
 decoding.serve()
@@ -80,7 +80,7 @@ def test_processes_decode_as_threads_do(made: Callable[..., Decoders], want: dec
 
 
 def test_an_image_ends_no_more_than_its_decoder(made: Callable[..., Decoders], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A crash, an exit, a hang, and a demand for a terabyte are reasons; the others are decoded."""
+    """A crash, an exit, a hang, and a demand for 8 GiB are reasons; the others are decoded."""
     monkeypatch.setattr(decoding, "IMAGE_SECONDS", 1)
     images = [jpeg(i) for i in range(20)]
     bad = {2: b"crash", 3: b"hang", 7: b"leave", 12: b"eat", 19: b"crash"}
@@ -88,6 +88,7 @@ def test_an_image_ends_no_more_than_its_decoder(made: Callable[..., Decoders], m
     reasons = {i: f.reason for i, f in enumerate(found) if isinstance(f, Failure)}
     assert reasons.keys() == bad.keys()
     assert "SIGSEGV" in reasons[2] and "1 seconds" in reasons[3] and "exit code 3" in reasons[7]
+    assert "more than 4 GiB" in reasons[12]
     for i in set(range(20)) - set(bad):
         assert found[i] == decode_one(images[i], 8, 3, "pixels")
 
@@ -174,4 +175,4 @@ def test_an_image_that_ends_its_decoder_is_a_reject(
     monkeypatch.setattr("nestdiff_core.images.index.decoders", lambda: made(1, always + "decoding.serve()"))
     with pytest.raises(IntegrityError, match="exit code 9") as refused:
         index.read_shard(0)
-    assert refused.value.key == "0%2Ejpg"
+    assert refused.value.key == "0%2Ejpg (row 0)"
