@@ -5,9 +5,9 @@ import dagster as dg
 from assets.config import POOL, asset_spec, refusals, runtime_config
 from assets.report import picture, result
 from assets.resources import ArtifactRoot, LocalLauncher
-from nestdiff_core.artifacts import read_json
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.experiment import Ref
+from nestdiff_core.files import read_json
 
 
 def build(experiment: ExperimentConfig, level: int) -> dg.AssetsDefinition:

@@ -14,9 +14,10 @@ from assets.config import POOL, asset_spec, log_progress, refusals, runtime_conf
 from assets.images import shard_partitions
 from assets.report import result
 from assets.resources import ArtifactRoot
-from nestdiff_core.artifacts import Artifact, fingerprint
+from nestdiff_core.artifacts import Artifact
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.experiment import Experiment, Ref
+from nestdiff_core.files import fingerprint
 
 Encoded = tuple[Artifact | None, dict[str, dict[str, Any]]]
 

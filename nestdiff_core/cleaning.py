@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nestdiff_core.artifacts import LOCK, MANIFEST, PARTS, TEMPORARY, DirectoryLock, is_sealed, read_json
 from nestdiff_core.errors import IntegrityError, LockHeld
 from nestdiff_core.experiment import STAGES, Experiment
+from nestdiff_core.files import LOCK, MANIFEST, PARTS, TEMPORARY, DirectoryLock, is_sealed, read_json
 from nestdiff_core.search import candidate
 
 

@@ -19,20 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nestdiff_core.artifacts import (
-    MANIFEST,
-    SCHEMA_VERSION,
-    Artifact,
-    ArtifactWriter,
-    fingerprint,
-    is_sealed,
-    open_artifact,
-    read_json,
-    writing,
-)
+from nestdiff_core.artifacts import SCHEMA_VERSION, Artifact, ArtifactWriter, open_artifact, writing
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.config_io import to_dict
 from nestdiff_core.errors import IntegrityError, LockHeld
+from nestdiff_core.files import MANIFEST, fingerprint, is_sealed, read_json
 from nestdiff_core.mirror import Mirror
 
 

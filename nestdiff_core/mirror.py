@@ -26,19 +26,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nestdiff_core.artifacts import (
+from nestdiff_core.errors import IntegrityError, LockHeld
+from nestdiff_core.files import (
     MANIFEST,
     PARTS,
-    Artifact,
     DirectoryLock,
     check_file,
     file_record,
     is_bulk,
     is_sealed,
-    open_artifact,
+    read_sealed_json,
     write_bytes,
 )
-from nestdiff_core.errors import IntegrityError, LockHeld
 from nestdiff_core.remote import Remote, cache_bytes, make_room
 
 logger = logging.getLogger("nestdiff")
@@ -111,31 +110,31 @@ class Mirror:
                 )
             write_bytes(path / name, files[name])
 
-    def publish(self, artifact: Artifact, *, replace: bool = False) -> Artifact:
-        """Put a sealed artifact into object storage; where another machine's stands already, that one is taken.
+    def publish(self, path: Path, manifest: dict[str, Any], *, replace: bool = False) -> bool:
+        """Put the sealed artifact of `path` into object storage; where another machine's stands already, take that one.
 
-        replace: put this one in the place of one that differs. Returns the artifact that now holds here and there.
+        replace: put this one in the place of one that differs. Returns whether it is still this machine's.
         """
-        theirs = self.published(artifact.path)
-        if theirs is not None and theirs["digest"] == artifact.digest:
-            return artifact
+        theirs = self.published(path)
+        if theirs is not None and theirs["digest"] == manifest["digest"]:
+            return True
         if theirs is not None and not replace:
-            return self._adopt(artifact)
-        there = self.remote.sizes(self._key(artifact.path, "").rstrip("/"))
-        known = _committed(artifact.path) | (theirs["files"] if theirs is not None else {})
-        for name, record in artifact.manifest["files"].items():
-            local = artifact.path / name
+            return self._adopt(path)
+        there = self.remote.sizes(self._key(path, "").rstrip("/"))
+        known = _committed(path) | (theirs["files"] if theirs is not None else {})
+        for name, record in manifest["files"].items():
+            local = path / name
             if is_bulk(name):
                 if local.is_file() and (there.get(name) != record["size"] or known.get(name) != record):
-                    self.remote.replace(self._key(artifact.path, name), local)
+                    self.remote.replace(self._key(path, name), local)
             elif name.startswith(STORE_METADATA):  # so that other tools can open the store
-                self.remote.replace(self._key(artifact.path, name), local)
-        packed = self._pack(artifact)
+                self.remote.replace(self._key(path, name), local)
+        packed = _pack(path, manifest)
         if replace:
-            self.remote.replace(self._key(artifact.path, SEALED), packed)
-        elif not self.remote.create(self._key(artifact.path, SEALED), packed):
-            return self._adopt(artifact)
-        return artifact
+            self.remote.replace(self._key(path, SEALED), packed)
+        elif not self.remote.create(self._key(path, SEALED), packed):
+            return self._adopt(path)
+        return True
 
     def published(self, path: Path) -> dict[str, Any] | None:
         """The manifest in object storage: the first member of the artifact's tar."""
@@ -146,27 +145,13 @@ class Mirror:
         manifest = self.remote.read(key, tarfile.BLOCKSIZE, tarfile.BLOCKSIZE + size)
         return None if manifest is None else json.loads(manifest)
 
-    def _adopt(self, mine: Artifact) -> Artifact:
-        path = mine.path
+    def _adopt(self, path: Path) -> bool:
         logger.warning("Another machine has made %s first; its result is taken.", path.relative_to(self.root))
         sealed = self.remote.read(self._key(path, SEALED))
         assert sealed is not None
         self._unpack(path, sealed)
-        theirs = open_artifact(path, stage=mine.stage, expected=mine.fingerprint, mirror=self)
-        _remove_differing(path, theirs.manifest["files"])
-        return theirs
-
-    def _pack(self, artifact: Artifact) -> bytes:
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w") as tar:
-            beside = [name for name, record in artifact.manifest["beside"].items() if record is not None]
-            for name in (MANIFEST, *artifact.manifest["files"], *beside):
-                if not is_bulk(name):
-                    data = (artifact.path / name).read_bytes()
-                    member = tarfile.TarInfo(name)
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
-        return buffer.getvalue()
+        _remove_differing(path, read_sealed_json(path / MANIFEST)["files"])
+        return False
 
     # --- large files ----------------------------------------------------------------------------------------------
 
@@ -246,6 +231,20 @@ class Mirror:
         with (self.root / FETCHING).open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _pack(path: Path, manifest: dict[str, Any]) -> bytes:
+    """The manifest, first, and all small files of an artifact as a tar."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        beside = [name for name, record in manifest["beside"].items() if record is not None]
+        for name in (MANIFEST, *manifest["files"], *beside):
+            if not is_bulk(name):
+                data = (path / name).read_bytes()
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
 
 
 def _remove_differing(path: Path, files: dict[str, Any]) -> None:

@@ -17,8 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nestdiff_core.artifacts import replacing
 from nestdiff_core.errors import ConfigError, EnvironmentFault, IntegrityError
+from nestdiff_core.files import replacing
 
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https", "file", "memory")
 RANGE_BYTES = 2**24

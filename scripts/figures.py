@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from nestdiff_core import loading
-from nestdiff_core.artifacts import write_bytes
 from nestdiff_core.evaluation.samples import load_samples
 from nestdiff_core.experiment import Experiment, Ref
+from nestdiff_core.files import write_bytes
 from nestdiff_core.recipes import load_experiment
 
 COUNT, SIDE, MARGIN, TITLE = 6, 288, 16, 26  # images a side of a panel; pixels

@@ -8,16 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from nestdiff_core.artifacts import (
-    Artifact,
-    DirectoryLock,
-    fingerprint,
-    is_sealed,
-    open_artifact,
-    replacing,
-    writing,
-)
+from nestdiff_core.artifacts import Artifact, open_artifact, writing
 from nestdiff_core.errors import EnvironmentFault, IntegrityError
+from nestdiff_core.files import DirectoryLock, fingerprint, is_sealed, replacing
 
 HEADER = {"stage": "features", "level": None, "fingerprint": "f", "config": {"a": 1}, "inputs": []}
 
@@ -134,7 +127,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 def test_a_second_writer_is_refused_while_the_first_lives(tmp_path: Path) -> None:
     """The lock names its holder, and a killed holder frees it."""
     code = (
-        "import sys, time, pathlib\nfrom nestdiff_core.artifacts import DirectoryLock\n"
+        "import sys, time, pathlib\nfrom nestdiff_core.files import DirectoryLock\n"
         "with DirectoryLock(pathlib.Path(sys.argv[1])): print(1, flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
@@ -154,7 +147,7 @@ def test_full_disk_is_named(tmp_path: Path) -> None:
     """Running out of room is an EnvironmentFault with the cure, and nothing half-written stays."""
     code = (
         "import resource, signal, sys, pathlib\n"
-        "from nestdiff_core.artifacts import write_bytes\n"
+        "from nestdiff_core.files import write_bytes\n"
         "from nestdiff_core.errors import EnvironmentFault\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from nestdiff_core.artifacts import DirectoryLock
 from nestdiff_core.cleaning import find_litter, remove
 from nestdiff_core.cli import main
 from nestdiff_core.cli.digest import experiment_digests
 from nestdiff_core.experiment import Experiment, Ref
+from nestdiff_core.files import DirectoryLock
 from nestdiff_core.recipes import toy
 
 

@@ -16,12 +16,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from nestdiff_core import loading, stages
-from nestdiff_core.artifacts import read_json
 from nestdiff_core.cli import main
 from nestdiff_core.cli.digest import experiment_digests
 from nestdiff_core.config import AutoencoderConfig, DesignConfig, EncoderConfig, ImagesConfig
 from nestdiff_core.errors import ConfigError, InputError, IntegrityError
 from nestdiff_core.experiment import Experiment, Ref
+from nestdiff_core.files import read_json
 from nestdiff_core.recipes import toy
 from nestdiff_core.stages import hierarchy
 from nestdiff_core.stages.data import read_ahead

@@ -11,9 +11,9 @@ import tempfile
 import uuid
 from pathlib import Path
 
-from nestdiff_core.artifacts import LOCK, MANIFEST, TEMPORARY, DirectoryLock
 from nestdiff_core.errors import EnvironmentFault, IntegrityError
 from nestdiff_core.experiment import home
+from nestdiff_core.files import LOCK, MANIFEST, TEMPORARY, DirectoryLock
 from nestdiff_core.mirror import Mirror
 from nestdiff_core.remote import Remote
 

@@ -45,10 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"{name} cannot be used", key=name, expected=f">= {least}", found=value, fix="Change it.")
     experiment = Experiment(load_experiment(arguments.experiment))
     from nestdiff_core import loading
-    from nestdiff_core.artifacts import write_bytes
     from nestdiff_core.devices import choose_device
     from nestdiff_core.evaluation.figures import image_grid
     from nestdiff_core.evaluation.samples import save_samples
+    from nestdiff_core.files import write_bytes
 
     device = choose_device(arguments.device or experiment.config.runtime.device)
     with TerminalProgress() as progress:

@@ -13,9 +13,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from nestdiff_core.artifacts import MANIFEST, Artifact, check_file, open_artifact
+from nestdiff_core.artifacts import Artifact, open_artifact
 from nestdiff_core.errors import IntegrityError
 from nestdiff_core.experiment import Experiment, Ref
+from nestdiff_core.files import MANIFEST, check_file
 from nestdiff_core.recipes import load_experiment
 
 

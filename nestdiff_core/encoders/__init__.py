@@ -12,7 +12,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from nestdiff_core.artifacts import Artifact, ArtifactWriter, read_json, replacing, sha256_file, write_json
+from nestdiff_core.artifacts import Artifact, ArtifactWriter
 from nestdiff_core.config import AutoencoderConfig, EncoderConfig
 from nestdiff_core.config_io import from_dict, to_dict
 from nestdiff_core.encoders.base import Encoder, feature_shapes, normalisation
@@ -31,6 +31,7 @@ from nestdiff_core.encoders.moco import pixel_statistics, train_moco, training_b
 from nestdiff_core.encoders.vit import ViTEncoder, load_weights, timm_encoder, timm_network
 from nestdiff_core.encoders.weights import fill, read_weights
 from nestdiff_core.errors import ConfigError
+from nestdiff_core.files import read_json, replacing, sha256_file, write_json
 from nestdiff_core.images.index import ImageIndex
 from nestdiff_core.progress import Progress
 

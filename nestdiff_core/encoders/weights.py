@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from nestdiff_core.artifacts import fingerprint, sha256_file
 from nestdiff_core.errors import ConfigError, EnvironmentFault, IntegrityError
+from nestdiff_core.files import fingerprint, sha256_file
 
 _CONTAINERS = ("state_dict", "model", "teacher")  # under which published files keep their weights
 _COUNTERS = "num_batches_tracked"  # of batch norm: old files lack it, and a frozen network never reads it

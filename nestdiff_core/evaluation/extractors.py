@@ -24,8 +24,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-from nestdiff_core.artifacts import environment_faults, sha256_file
 from nestdiff_core.errors import ConfigError, EnvironmentFault, InputError, IntegrityError, NumericsError
+from nestdiff_core.files import environment_faults, sha256_file
 
 PIXEL_GRID = 8
 

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from nestdiff_core.artifacts import replacing
 from nestdiff_core.errors import InputError, IntegrityError, NumericsError
+from nestdiff_core.files import replacing
 
 ROUNDING = "clamp to [-1, 1], x * 127.5 + 127.5 in float32, round half to even"
 

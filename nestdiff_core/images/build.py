@@ -22,9 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from webdataset.writer import TarWriter
 
-from nestdiff_core.artifacts import ArtifactWriter, file_record, fingerprint, replacing, write_json
+from nestdiff_core.artifacts import ArtifactWriter
 from nestdiff_core.config import ImagesConfig
 from nestdiff_core.errors import InputError
+from nestdiff_core.files import file_record, fingerprint, replacing, write_json
 from nestdiff_core.images.decoding import Failure, Picture, decoders
 from nestdiff_core.images.index import CLASSES, INDEX, REJECTS, SCHEMA, SHARDS, SPLITS
 from nestdiff_core.images.sources import TOY_IMAGES, Digits, Folder, Reject, Sample, Shards, shard_cache

@@ -23,8 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int64, UInt8
 
-from nestdiff_core.artifacts import Artifact, check_file, read_json
+from nestdiff_core.artifacts import Artifact
 from nestdiff_core.errors import IntegrityError
+from nestdiff_core.files import check_file, read_json
 from nestdiff_core.images import tars
 from nestdiff_core.images.decoding import Failure, decoders
 from nestdiff_core.images.sources import fetch_shard, image_member, shard_cache

@@ -20,9 +20,9 @@ from urllib.parse import quote
 import numpy as np
 from braceexpand import braceexpand
 
-from nestdiff_core.artifacts import TEMPORARY, sha256_file
 from nestdiff_core.config import ImagesConfig
 from nestdiff_core.errors import InputError
+from nestdiff_core.files import TEMPORARY, sha256_file
 from nestdiff_core.images import tars
 from nestdiff_core.images.pixels import encode_png
 from nestdiff_core.remote import Remote, cache_bytes, is_url, make_room

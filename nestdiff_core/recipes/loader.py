@@ -14,10 +14,10 @@ from typing import Any
 
 import yaml
 
-from nestdiff_core.artifacts import fingerprint, read_json, write_json
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.config_io import from_dict, to_dict
 from nestdiff_core.errors import ConfigError
+from nestdiff_core.files import fingerprint, read_json, write_json
 from nestdiff_core.recipes import paper, starters
 
 DEFAULT_EXPERIMENT = "digits"

@@ -23,7 +23,7 @@ def reuse(x: Experiment, ref: Ref, *, weights: str | None = None) -> Artifact | 
         if (artifact := x.find(ref)) is not None:
             artifact.verify()
             if weights is None or artifact.info.get("weights_source") == weights:
-                return artifact if x.mirror is None else x.mirror.publish(artifact)
+                return artifact.shared()
             logger.warning("The weights of %s are others than it was made with. It is made again.", ref)
     except IntegrityError as error:
         logger.warning("%s It is made again.", error)

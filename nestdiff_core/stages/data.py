@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.torch import save_file
 
 from nestdiff_core import loading
-from nestdiff_core.artifacts import Artifact, fingerprint
+from nestdiff_core.artifacts import Artifact
 from nestdiff_core.encoders import (
     build_encoder,
     encode_captions,
@@ -26,6 +26,7 @@ from nestdiff_core.encoders.text import build_text_tower
 from nestdiff_core.encoders.weights import weights_digest
 from nestdiff_core.errors import ConfigError, InputError
 from nestdiff_core.experiment import Experiment, Ref
+from nestdiff_core.files import fingerprint
 from nestdiff_core.images.build import build_images, source_listing
 from nestdiff_core.images.index import ImageIndex
 from nestdiff_core.latents.hierarchy import FeatureMaps

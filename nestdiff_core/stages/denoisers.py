@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from nestdiff_core import loading
-from nestdiff_core.artifacts import Artifact, ArtifactWriter, write_json
+from nestdiff_core.artifacts import Artifact, ArtifactWriter
 from nestdiff_core.experiment import Experiment, Ref
+from nestdiff_core.files import write_json
 from nestdiff_core.models import count_macs, count_parameters
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stages.common import logger, reuse

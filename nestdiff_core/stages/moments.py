@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from nestdiff_core import loading
-from nestdiff_core.artifacts import MANIFEST, fingerprint, open_artifact, replacing
+from nestdiff_core.artifacts import open_artifact
 from nestdiff_core.errors import IntegrityError
 from nestdiff_core.experiment import Experiment, Ref
+from nestdiff_core.files import MANIFEST, fingerprint, replacing
 from nestdiff_core.images.index import ImageIndex
 from nestdiff_core.latents.hierarchy import Begun, level_moments
 from nestdiff_core.latents.moments import Moments

@@ -5,7 +5,7 @@ from __future__ import annotations
 from safetensors.torch import save_file
 
 from nestdiff_core import loading
-from nestdiff_core.artifacts import Artifact, write_json
+from nestdiff_core.artifacts import Artifact
 from nestdiff_core.encoders import (
     load_encoder,
 )
@@ -13,6 +13,7 @@ from nestdiff_core.evaluation.card import SampleOrigin
 from nestdiff_core.evaluation.report import evaluate
 from nestdiff_core.evaluation.samples import load_samples, save_samples
 from nestdiff_core.experiment import Experiment, Ref
+from nestdiff_core.files import write_json
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stages.common import logger, reuse
 

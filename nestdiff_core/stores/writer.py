@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import zarr
 
-from nestdiff_core.artifacts import TEMPORARY
 from nestdiff_core.errors import IntegrityError, NumericsError
+from nestdiff_core.files import TEMPORARY
 from nestdiff_core.stores.finite import first_non_finite
 from nestdiff_core.stores.schema import (
     GROUP_FILE,

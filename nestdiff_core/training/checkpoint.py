@@ -18,7 +18,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn, optim
 
-from nestdiff_core.artifacts import (
+from nestdiff_core.errors import IntegrityError
+from nestdiff_core.files import (
     TEMPORARY,
     check_file,
     environment_faults,
@@ -28,7 +29,6 @@ from nestdiff_core.artifacts import (
     read_sealed_json,
     write_sealed_json,
 )
-from nestdiff_core.errors import IntegrityError
 
 STATE = "state.json"
 

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nestdiff_core.artifacts import sha256_file
 from nestdiff_core.errors import InputError, IntegrityError, NumericsError
 from nestdiff_core.evaluation.samples import load_samples, save_samples, to_uint8
+from nestdiff_core.files import sha256_file
 
 
 def pictures(channels: int, n: int = 5) -> np.ndarray:

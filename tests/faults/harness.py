@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from nestdiff_core.artifacts import LOCK, MANIFEST, PARTS, TEMPORARY
 from nestdiff_core.cleaning import find_litter
 from nestdiff_core.experiment import Experiment
+from nestdiff_core.files import LOCK, MANIFEST, PARTS, TEMPORARY
 from nestdiff_core.recipes import load_experiment
 
 REPOSITORY = Path(__file__).resolve().parents[2]

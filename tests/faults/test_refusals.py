@@ -14,9 +14,9 @@ import torch
 from harness import Forks, Outcome, Pipeline, assert_recovered, committed, contents, write_pipeline
 from safetensors.torch import save_file
 
-from nestdiff_core.artifacts import MANIFEST, PARTS
 from nestdiff_core.cli.digest import experiment_digests
 from nestdiff_core.experiment import Ref
+from nestdiff_core.files import MANIFEST, PARTS
 
 
 @pytest.fixture

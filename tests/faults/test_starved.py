@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from harness import Outcome, Pipeline, assert_recovered, committed, contents, make_first
 
-from nestdiff_core.artifacts import is_sealed
+from nestdiff_core.files import is_sealed
 
 # The stage that meets a file which cannot be written in full, and the stage that writes it, as the refusal names it.
 STAGES = {

@@ -17,12 +17,13 @@ from PIL import Image
 from zarr.storage import ObjectStore
 
 from nestdiff_core import loading, mirror, stages
-from nestdiff_core.artifacts import Artifact, is_bulk
+from nestdiff_core.artifacts import Artifact
 from nestdiff_core.cli import main
 from nestdiff_core.config import EncoderConfig, ExperimentConfig, ImagesConfig
 from nestdiff_core.encoders import extract
 from nestdiff_core.errors import IntegrityError
 from nestdiff_core.experiment import Experiment, Ref
+from nestdiff_core.files import is_bulk
 from nestdiff_core.recipes import toy
 
 FEATURES = Ref("features")
