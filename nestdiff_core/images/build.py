@@ -63,7 +63,7 @@ def source_listing(config: ImagesConfig) -> str | None:
         case "folder":
             return fingerprint([[str(p), (s := p.stat()).st_size, s.st_mtime_ns] for p in Folder(config).paths])
         case "webdataset":
-            return fingerprint([[file.place, file.state()] for file in Shards(config).files])
+            return fingerprint([[file.place, file.state] for file in Shards(config).files])
         case "digits" | "toy":
             return None
 

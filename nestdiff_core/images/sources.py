@@ -202,21 +202,18 @@ def _named_splits(names: set[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ShardFile:
-    """A tar of images at `place`, a path or a URL."""
+    """A tar of images at `place`, a path or a URL.
+
+    state: what tells without reading it that it has changed; None: it is not there. remote: for a URL, its folder.
+    """
 
     place: str
-    remote: Remote | None = None  # the folder that it is in, for a URL
+    state: str | None
+    remote: Remote | None = None
 
     @property
     def name(self) -> str:
         return self.place.rpartition("/")[2]
-
-    def state(self) -> str | None:
-        """What tells that it has changed without reading it; None where it is not there."""
-        if self.remote is not None:
-            return self.remote.state(self.name)
-        path = Path(self.place)
-        return f"{(status := path.stat()).st_size} {status.st_mtime_ns}" if path.is_file() else None
 
     def fetch(self, cache: Path) -> Path:
         """Its file on this machine: a URL's is copied into `cache`, under the hash of its content."""
@@ -352,22 +349,30 @@ def _local_shards(pattern: str) -> list[ShardFile]:
         paths = [Path(path) for name in expanded for path in (glob.glob(name) or [name])]
         if len(expanded) == 1 and not any(path.exists() for path in paths):
             paths = []
-    return _all_there([ShardFile(str(path)) for path in sorted(set(paths))], pattern)
+    files = []
+    for path in sorted(set(paths)):
+        status = path.stat() if path.is_file() else None
+        files.append(ShardFile(str(path), status and f"{status.st_size} {status.st_mtime_ns}"))
+    return _all_there(files, pattern)
 
 
 def _remote_shards(pattern: str) -> list[ShardFile]:
-    files = set()
+    listings: dict[str, dict[str, str]] = {}  # states by folder and name; one request tells a thousand
+    files: dict[str, ShardFile] = {}
     for url in _expand_braces(pattern.rstrip("/")):
-        folder, _, name = url.rpartition("/")
-        if glob.has_magic(name):
-            remote = Remote(folder)
-            files |= {ShardFile(f"{folder}/{key}", remote) for key in remote.sizes("") if fnmatch(key, name)}
-        elif name.endswith(TAR_SUFFIXES):
-            files.add(ShardFile(url, Remote(folder)))
+        folder, name = (url, "") if not url.endswith(TAR_SUFFIXES) and not glob.has_magic(url) else url.rsplit("/", 1)
+        remote = Remote(folder)
+        if url.startswith("http"):
+            states = {name: remote.state(name)}
         else:
-            remote = Remote(url)
-            files |= {ShardFile(f"{url}/{key}", remote) for key in remote.sizes("") if key.endswith(TAR_SUFFIXES)}
-    return _all_there(sorted(files, key=lambda file: file.place), pattern)
+            states = listings[folder] = listings.get(folder) or remote.states()
+        if name == "":
+            chosen = [key for key in states if key.endswith(TAR_SUFFIXES)]
+        else:
+            chosen = [key for key in states if fnmatch(key, name)] if glob.has_magic(name) else [name]
+        for key in chosen:
+            files[f"{folder}/{key}"] = ShardFile(f"{folder}/{key}", states.get(key), remote)
+    return _all_there([files[place] for place in sorted(files)], pattern)
 
 
 def _expand_braces(pattern: str) -> list[str]:
@@ -387,7 +392,7 @@ def _all_there(files: list[ShardFile], pattern: str) -> list[ShardFile]:
             expected=f"files ending in {', '.join(TAR_SUFFIXES)}",
             fix="Correct images.path.",
         )
-    if missing := [file.place for file in files if file.state() is None]:
+    if missing := [file.place for file in files if file.state is None]:
         raise InputError(
             f"{len(missing)} of {len(files)} shards are missing",
             stage="images",

@@ -126,3 +126,15 @@ def web(tmp_path: Path) -> Iterator[str]:
 def test_a_web_server_is_read(web: str, local: ImageIndex, tmp_path: Path) -> None:
     index = build(images(f"{web}/{{0..2}}.tar"), tmp_path / "away")
     assert index.num_images == local.num_images and np.array_equal(index.read_shard(2), local.read_shard(2))
+
+
+def test_a_listing_takes_one_request(stored: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sensor asks every minute whether there are new shards: not shard by shard."""
+    asked: list[str] = []
+    original = Remote._list
+    monkeypatch.setattr(Remote, "_head", lambda *_: pytest.fail("asked for one object"))
+    monkeypatch.setattr(Remote, "_list", lambda self, prefix: asked.append(self.url) or original(self, prefix))
+    for pattern in ("", "/train-*.tar", "/train-{00000..00002}.tar"):
+        asked.clear()
+        assert source_listing(images(stored.url + pattern)) is not None
+        assert asked == [stored.url]
