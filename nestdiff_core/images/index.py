@@ -118,7 +118,11 @@ class ImageIndex:
     def namer(self, shard: int) -> Callable[[int], str]:
         """What an error calls the i-th image of a shard."""
         first = self.shards[shard].first_row
-        return lambda i: f"{self._table.column('key')[first + i].as_py()} (row {first + i})"
+        return lambda i: self.name(first + i)
+
+    def name(self, row: int) -> str:
+        """What an error calls an image: its key, and its row."""
+        return f"{self._table.column('key')[row].as_py()} (row {row})"
 
     def captions(self, rows: slice = slice(None)) -> list[list[str]]:
         """The captions of the images `rows` (a slice without steps)."""

@@ -53,6 +53,7 @@ def train(
             folder=path / CHECKPOINTS,
             device=torch.device(device),
             record={k: header[k] for k in ("fingerprint", "config", "inputs")},
+            name=index.name,
             warn=logger.warning,
         )
         trainer.run(progress=progress, stop=stop, until_step=until_step)

@@ -99,8 +99,9 @@ def draw(
 @dataclass(frozen=True)
 class Batch:
     """What a loss reads: latents (B, C, H, W) in float32 by level, labels (B,) or caption tokens (B, T, W) or None,
-    and the randomness."""
+    and the randomness; of the images `rows` (B,)."""
 
+    rows: np.ndarray
     latents: dict[int, Tensor]
     labels: Tensor | None
     draws: Draws
@@ -146,7 +147,7 @@ class LatentBatches:
             eta={m: there(noise) for m, noise in draws.eta.items()},
             drop={name: there(mask) for name, mask in draws.drop.items()},
         )
-        return Batch(latents, labels, moved)
+        return Batch(rows, latents, labels, moved)
 
     def stores(self) -> list[StoreReader]:
         """All that batches are gathered from."""

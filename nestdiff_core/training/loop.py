@@ -29,10 +29,11 @@ from nestdiff_core.errors import ConfigError, Interrupted, NumericsError
 from nestdiff_core.models.nested import build_denoiser
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.training.ahead import Ahead
-from nestdiff_core.training.checkpoint import load_latest, restore, save_checkpoint
+from nestdiff_core.training.checkpoint import list_checkpoints, load_latest, restore, save_checkpoint
 from nestdiff_core.training.data import Batch, BatchOrder, Draws, LatentBatches, draw
 
 VALIDATION_IMAGES = 512
+NAMED = 5  # images that an error names
 TIMINGS = ("images_per_second", "loader_wait")  # of a log line: share of the time that the loop waited for its batches
 
 
@@ -41,7 +42,7 @@ class Trainer:
 
     config, level: which denoiser. batches: its latents and conditions. train_rows, held_out_rows: image rows of
     the two splits. null_context: tokens of the empty caption, for captioned experiments. folder: where checkpoints
-    go. record: what each checkpoint's state.json begins with.
+    go. record: what each checkpoint's state.json begins with. name: what an error calls the image of a row.
     """
 
     def __init__(
@@ -57,9 +58,10 @@ class Trainer:
         folder: Path,
         device: torch.device,
         record: dict[str, Any],
+        name: Callable[[int], str] = "row {}".format,
         warn: Callable[[str], object] = print,
     ) -> None:
-        self.config, self.level, self.batches, self.device = config, level, batches, device
+        self.config, self.level, self.batches, self.device, self.name = config, level, batches, device, name
         self.train: TrainConfig = config.level(level).train
         self.condition_noise = {m: config.level(m).condition_noise for m in config.levels_above(level)}
         self.schedule: NoiseSchedule = make_schedule(config.diffusion)
@@ -141,24 +143,34 @@ class Trainer:
         """One optimiser step; returns the loss before it, over all processes, and the gradient norm."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        loss = self.loss(self.network, batch).mean()
+        losses = self.loss(self.network, batch)
+        loss = losses.mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train.grad_clip or math.inf)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            raise NumericsError(
-                "The loss or its gradient is not finite",
-                stage="denoiser",
-                level=self.level,
-                key=f"step {self.step}",
-                found=f"loss {loss.item()}, gradient norm {norm.item()}",
-                path=self.folder,
-                fix="Lower levels.train.lr or set levels.train.grad_clip; the last checkpoint is kept.",
-            )
+            raise self._exploded(batch, losses.detach(), norm.item())
         self.optimizer.step()
         self._update_ema()
         self.step += 1
         return self._mean(loss.detach()), norm.item()
+
+    def _exploded(self, batch: Batch, losses: Tensor, norm: float) -> NumericsError:
+        """What happened, to which images, and what is left."""
+        bad = batch.rows[~torch.isfinite(losses).cpu().numpy()]
+        few = ", ".join(self.name(int(row)) for row in bad[:NAMED]) + (", ..." if len(bad) > NAMED else "")
+        kept = list_checkpoints(self.folder)
+        return NumericsError(
+            "The loss or its gradient is not finite",
+            stage="denoiser",
+            level=self.level,
+            key=f"step {self.step}",
+            found=f"loss {losses.mean().item()}, of {len(bad)} of {len(losses)} images ({few or 'none alone'}), "
+            f"gradient norm {norm}",
+            path=kept[-1] if kept else self.folder,
+            fix="Lower levels.train.lr or set levels.train.grad_clip, which makes another denoiser; "
+            + ("that checkpoint is the last good one." if kept else "there is no checkpoint yet."),
+        )
 
     def _mean(self, value: Tensor) -> float:
         """Mean over all processes, each of which saw another share of the batch."""

@@ -228,6 +228,18 @@ def test_explosion_stops_the_run(batches: LatentBatches, tmp_path: Path) -> None
         bad.run()
     assert caught.value.level == 1
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000004"]
+    assert str(caught.value.path).endswith("step_00000004") and "last good one" in caught.value.fix
+
+
+def test_the_image_that_breaks_a_step_is_named(batches: LatentBatches, tmp_path: Path) -> None:
+    """One latent that is not finite: its row, and no other, is in the error."""
+    t = trainer(batches, tmp_path)
+    batch = t.batch(0)
+    batch.latents[1][3] = float("inf")
+    with pytest.raises(NumericsError, match="step 0") as caught:
+        t.train_step(batch)
+    assert f"of 1 of {len(batch.rows)} images (row {batch.rows[3]})" in str(caught.value.found)
+    assert "no checkpoint yet" in caught.value.fix
 
 
 def test_conditions_help_when_they_tell_the_image(batches: LatentBatches, tmp_path: Path) -> None:
