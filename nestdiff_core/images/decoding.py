@@ -32,7 +32,7 @@ from nestdiff_core.errors import ConfigError, InputError
 from nestdiff_core.images.pixels import decode, encode_png, square
 
 DECODERS_VARIABLE = "NESTDIFF_DECODERS"
-MAX_DECODERS = 16
+MAX_DECODERS, LEAST_CORES = 16, 4
 START_BYTES = 2**24  # of encoded images; with fewer the work is done before a decoder has started
 SMALL_BYTES = 2**12  # the mean encoded image below which travelling to a decoder costs more than decoding here
 BATCH = 16  # images in a request
@@ -126,10 +126,14 @@ class Decoders:
 
 @cache
 def decoders() -> Decoders:
-    """Those of this process: NESTDIFF_DECODERS of them, else as many as it may use cores."""
+    """Those of this process: NESTDIFF_DECODERS of them, else one for every core but one.
+
+    Below LEAST_CORES none: on two cores an encoder whose threads wait for each other loses more than decoding gains.
+    """
     text = os.environ.get(DECODERS_VARIABLE)
     if text is None:
-        return Decoders(min(MAX_DECODERS, len(os.sched_getaffinity(0))))
+        cores = len(os.sched_getaffinity(0))
+        return Decoders(min(MAX_DECODERS, cores - 1) if cores >= LEAST_CORES else 0)
     if not text.isdigit():
         raise ConfigError(
             f"{DECODERS_VARIABLE} is not a number",

@@ -151,8 +151,11 @@ def test_the_number_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ConfigError, match="NESTDIFF_DECODERS"):
         decoders()
     monkeypatch.delenv("NESTDIFF_DECODERS")
+    for cores, expected in ((1, 0), (2, 0), (4, 3), (64, 16)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        decoders.cache_clear()
+        assert decoders().workers == expected
     decoders.cache_clear()
-    assert 1 <= decoders().workers <= 16
 
 
 def test_an_image_that_ends_its_decoder_is_a_reject(
