@@ -141,7 +141,7 @@ def build_design(experiment: ExperimentConfig) -> dg.AssetsDefinition:
         import numpy as np
 
         from nestdiff_core import stages
-        from nestdiff_core.cli.design import own_table, proposal_table
+        from nestdiff_core.cli.design import own_table, paper_table, proposal_table
         from nestdiff_core.evaluation.figures import spectrum_plot
 
         x = artifacts.experiment(experiment)
@@ -157,6 +157,7 @@ def build_design(experiment: ExperimentConfig) -> dg.AssetsDefinition:
             spectra=picture(spectrum_plot(spectra, kept, title="Spectra of the proposed levels")),
             proposed=table(proposals),
             own_levels=table(own) if own else None,
+            paper_levels=table(paper_table()),
         )
 
     return design

@@ -217,27 +217,20 @@ def check_file(path: Path, record: dict[str, Any], *, stage: str | None = None, 
     fix = f"Remove {path} and materialise the stage again: only what is missing is made anew."
     if not path.is_file():
         raise IntegrityError(f"{path.name} is missing", stage=stage, level=level, path=path, fix=fix)
-    if path.stat().st_size != record["size"]:
-        raise IntegrityError(
-            f"{path.name} has another size",
-            stage=stage,
-            level=level,
-            path=path,
-            expected=record["size"],
-            found=path.stat().st_size,
-            fix=fix,
-        )
-    found = sha256_file(path)
-    if found != record["sha256"]:
-        raise IntegrityError(
-            f"{path.name} has another content",
-            stage=stage,
-            level=level,
-            path=path,
-            expected=record["sha256"],
-            found=found,
-            fix=fix,
-        )
+    for what, field, measure in (
+        ("size", "size", lambda: path.stat().st_size),
+        ("content", "sha256", lambda: sha256_file(path)),
+    ):
+        if (found := measure()) != record[field]:
+            raise IntegrityError(
+                f"{path.name} has another {what}",
+                stage=stage,
+                level=level,
+                path=path,
+                expected=record[field],
+                found=found,
+                fix=fix,
+            )
     return record["size"]
 
 

@@ -20,9 +20,9 @@ from typing import Any
 from nestdiff_core.errors import ConfigError, EnvironmentFault, IntegrityError
 from nestdiff_core.files import replacing
 
-SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https", "file", "memory")
+SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https", "file")
 RANGE_BYTES = 2**24
-CONNECTIONS = 8  # one connection to S3 carries some 50 to 90 MB/s
+CONNECTIONS = 8  # ranges of one object that are fetched side by side
 REQUEST_TIMEOUT = timedelta(minutes=30)  # of one object, body included
 RETRIES: Any = {"max_retries": 6, "retry_timeout": timedelta(minutes=5)}
 CACHE_VARIABLE = "NESTDIFF_CACHE_GIB"
@@ -78,7 +78,7 @@ class Remote:
         local: Any = {"mkdir": True} if self.url.startswith("file:") else {}
         network: Any = {"client_options": {"allow_http": plain, "timeout": REQUEST_TIMEOUT}, "retry_config": RETRIES}
         with _faults(self.url):
-            return from_url(self.url, **(local if self.url.startswith(("file:", "memory:")) else network))
+            return from_url(self.url, **(local if local else network))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url}  # connections stay in their process

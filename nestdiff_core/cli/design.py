@@ -1,4 +1,4 @@
-"""Propose levels from the measured spectra of an experiment's features, beside those that it has, or of a store.
+"""Propose levels from the measured spectra of an experiment's features, beside its own and the paper's, or of a store.
 
 For each grid the fewest channels that keep a share of the variance, and the noise with which the level tells a stated
 number of nats; settings under `design:`. TARGET is an experiment, whose training images are measured, or the path of a
@@ -17,6 +17,7 @@ from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.progress import TerminalProgress
 from nestdiff_core.recipes import load_experiment
 
+PAPER = "cvpr_imagenet_l5"
 STORE, GROUP_FILE = "store.zarr", "zarr.json"
 
 
@@ -45,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         with TerminalProgress() as progress:
             proposals, _ = stages.propose_levels(reader, np.arange(len(reader)), own, progress=progress)
         print("proposed\n" + format_table(proposal_table([asdict(p) for p in proposals])))
+        print(f"\nthe paper ({PAPER})\n" + format_table(paper_table()))
         return 0
     config = load_experiment(arguments.target)
     x = Experiment(replace(config, design=replace(config.design, **changes)))
@@ -54,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     print("proposed\n" + format_table(proposal_table(artifact.info["proposals"])))
     if own := own_table(x):
         print(f"\n{config.name}\n" + format_table(own))
+    print(f"\nthe paper ({PAPER})\n" + format_table(paper_table()))
     return 0
 
 
@@ -70,6 +73,11 @@ def proposal_table(proposals: list[dict[str, Any]]) -> list[dict[str, Any]]:
         _row(top - i, p["grid"], p["channels"], p["variance_share"], p["sigma"], p["nats"])
         for i, p in enumerate(proposals)
     ]
+
+
+def paper_table() -> list[dict[str, Any]]:
+    """The levels that the paper chose for ImageNet."""
+    return own_table(Experiment(load_experiment(PAPER)))
 
 
 def own_table(x: Experiment) -> list[dict[str, Any]]:

@@ -81,7 +81,7 @@ def _try_object_storage(remote: Remote) -> None:
             "Object storage does not refuse to create an object that is there",
             path=remote.url,
             expected="support for If-None-Match: *",
-            fix="Do not share artifacts through it; use S3, Google, Azure, Ceph or MinIO.",
+            fix="Do not share artifacts through it; use a service that supports it.",
         )
 
 
