@@ -12,9 +12,13 @@ from typing import Any, Literal
 from nestdiff_core.errors import ConfigError
 
 
-def knob(default: Any, doc: str) -> Any:
-    """A dataclass field with its one-sentence documentation (shown in the launchpad and by `inspect`)."""
-    return field(default=default, metadata={"doc": doc})
+def knob(default: Any, doc: str, *, decides: Literal["always", "if_changed", "never"] = "always") -> Any:
+    """A dataclass field with its one-sentence documentation (shown in the launchpad and by `inspect`).
+
+    decides: whether it is part of fingerprints. if_changed: not at its default, so that a knob may be added without
+    making anew what was made before it; never: it changes how work is done, not what comes out.
+    """
+    return field(default=default, metadata={"doc": doc, "decides": decides})
 
 
 def _require(
@@ -173,12 +177,15 @@ class FeaturesConfig:
         "float32", "Arithmetic of the encoder: float32, or mixed precision, several times faster on a GPU."
     )
     compile: bool = knob(
-        False, "Whether the encoder is compiled (torch.compile): faster after a minute, with other last bits."
+        False,
+        "Whether the encoder is compiled (torch.compile): faster after a minute, with other last bits.",
+        decides="if_changed",
     )
     keep: bool = knob(
         True,
         "Whether features are stored. Without, images are encoded once for the bases and once for the latents, and "
         "nothing but latents needs the disk.",
+        decides="never",
     )
     flip: bool = knob(False, "Whether the mirror image is encoded and stored too; training then reads either.")
 
@@ -271,9 +278,9 @@ class TrainConfig:
         "A file of published U-ViT weights to start from; what it does not have (conditions) starts as usual.",
     )
     seed: int = knob(0, "Seed of initialisation, data order, noise and dropping.")
-    log_every: int = knob(100, "Steps between log lines.")
-    checkpoint_every: int = knob(5_000, "Steps between checkpoints.")
-    keep_last: int = knob(2, "Checkpoints kept.")
+    log_every: int = knob(100, "Steps between log lines.", decides="never")
+    checkpoint_every: int = knob(5_000, "Steps between checkpoints.", decides="never")
+    keep_last: int = knob(2, "Checkpoints kept.", decides="never")
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "log_every", "checkpoint_every", "keep_last"):

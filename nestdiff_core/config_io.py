@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from nestdiff_core.config import ExperimentConfig, LevelConfig
@@ -16,15 +17,29 @@ from nestdiff_core.errors import ConfigError
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain JSON data of a config dataclass: tuples become lists, nested configs dicts."""
+    return _plain(config, lambda _, __: True)
 
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, tuple):
-            return [plain(v) for v in value]
-        return value
 
-    return plain(config)
+def deciding(config: Any) -> dict[str, Any]:
+    """Of `to_dict` what decides results, which is what fingerprints are made from (see `config.knob`)."""
+
+    def decides(field: dataclasses.Field[Any], value: Any) -> bool:
+        match field.metadata["decides"]:
+            case "if_changed":
+                return value != field.default
+            case when:
+                return when == "always"
+
+    return _plain(config, decides)
+
+
+def _plain(value: Any, wanted: Callable[[dataclasses.Field[Any], Any], bool]) -> Any:
+    if dataclasses.is_dataclass(value):
+        fields = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {f.name: _plain(v, wanted) for f, v in fields if wanted(f, v)}
+    if isinstance(value, tuple):
+        return [_plain(v, wanted) for v in value]
+    return value
 
 
 C = TypeVar("C")

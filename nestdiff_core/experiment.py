@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from nestdiff_core.artifacts import SCHEMA_VERSION, Artifact, ArtifactWriter, open_artifact, writing
 from nestdiff_core.config import ExperimentConfig
-from nestdiff_core.config_io import to_dict
+from nestdiff_core.config_io import deciding
 from nestdiff_core.errors import IntegrityError, LockHeld
 from nestdiff_core.files import MANIFEST, fingerprint, is_sealed, read_json
 from nestdiff_core.mirror import Mirror
@@ -55,7 +55,7 @@ class Stage:
 def _denoiser_config(c: ExperimentConfig, level: int) -> dict[str, Any]:
     """Own shape and training, and what the conditions are: listed from the top, not keyed by number, so that a
     level inserted below does not change the denoisers above it."""
-    own = to_dict(c.level(level))
+    own = deciding(c.level(level))
     conditions = [
         {"patch_size": c.level(m).patch_size, "condition_noise": c.level(m).condition_noise}
         for m in c.levels_above(level)
@@ -63,26 +63,19 @@ def _denoiser_config(c: ExperimentConfig, level: int) -> dict[str, Any]:
     return {
         "patch_size": own["patch_size"],
         "model": own["model"],
-        "train": {k: v for k, v in own["train"].items() if k not in ("log_every", "checkpoint_every", "keep_last")},
+        "train": own["train"],
         "conditions": conditions,
         "injection": c.conditioning.injection if conditions else None,
         "labels": c.conditioning.labels,
         "drop": c.conditioning.drop,
-        "diffusion": to_dict(c.diffusion),
+        "diffusion": deciding(c.diffusion),
     }
-
-
-def _features_config(c: ExperimentConfig) -> dict[str, Any]:
-    """What decides the numbers of features; whether they are kept does not. `compile` came later: off is not said."""
-    plain = to_dict(c.features)
-    unsaid = {"keep"} if c.features.compile else {"keep", "compile"}
-    return {k: v for k, v in plain.items() if k not in unsaid}
 
 
 def _tokens(c: ExperimentConfig, level: int) -> dict[str, Any]:
     """What decides a level's tokens, beside its inputs."""
     own = {"source": c.level(level).source, "grid": c.level(level).grid}
-    return own if c.features.keep else {**own, "features": _features_config(c)}
+    return own if c.features.keep else {**own, "features": deciding(c.features)}
 
 
 def _token_inputs(c: ExperimentConfig, level: int) -> tuple[Ref, ...]:
@@ -103,41 +96,41 @@ def _level_features(c: ExperimentConfig, level: int) -> Ref:
 def _latents_config(c: ExperimentConfig, level: int) -> dict[str, Any]:
     store = {"chunk_rows": c.features.chunk_rows, "dtype": c.features.dtype}
     if level == 1:
-        return {"autoencoder": to_dict(c.autoencoder), "flip": c.features.flip, **store}
+        return {"autoencoder": deciding(c.autoencoder), "flip": c.features.flip, **store}
     return {**_tokens(c, level), **store}
 
 
 def _encoder_config(c: ExperimentConfig, _: int) -> dict[str, Any]:
-    plain = to_dict(c.encoder)
+    plain = deciding(c.encoder)
     kind = c.encoder.kind
     used = {"kind", "input_size", "mean", "std"} | {
         "moco": {"vit", "moco"},
         "torchvision": {"name", "weights", "layer"},
         "autoencoder": {"fold"},
     }.get(kind, {"name", "weights"})
-    autoencoder = {"autoencoder": to_dict(c.autoencoder)} if kind == "autoencoder" else {}
+    autoencoder = {"autoencoder": deciding(c.autoencoder)} if kind == "autoencoder" else {}
     return {k: v for k, v in plain.items() if k in used} | autoencoder
 
 
 STAGES: dict[str, Stage] = {
-    "images": Stage(lambda c, _: to_dict(c.images), lambda c, _: (), "build_latents"),
+    "images": Stage(lambda c, _: deciding(c.images), lambda c, _: (), "build_latents"),
     "encoder": Stage(
         _encoder_config, lambda c, _: (Ref("images"),), "build_latents", grows=lambda c: c.encoder.kind != "moco"
     ),
     "features": Stage(
-        lambda c, _: _features_config(c),
+        lambda c, _: deciding(c.features),
         lambda c, _: (Ref("images"), Ref("encoder")),
         "build_latents",
         grows=lambda _: True,
     ),
     "crops": Stage(
-        lambda c, level: {"grid": c.level(level).grid, **_features_config(c)},
+        lambda c, level: {"grid": c.level(level).grid, **deciding(c.features)},
         lambda c, _: (Ref("images"), Ref("encoder")),
         "build_latents",
         grows=lambda _: True,
     ),
     "text": Stage(
-        lambda c, _: {**to_dict(c.conditioning.text), "chunk_rows": c.features.chunk_rows, "dtype": c.features.dtype},
+        lambda c, _: {**deciding(c.conditioning.text), "chunk_rows": c.features.chunk_rows, "dtype": c.features.dtype},
         lambda c, _: (Ref("images"),),
         "build_latents",
         grows=lambda _: True,
@@ -153,7 +146,9 @@ STAGES: dict[str, Stage] = {
         "build_latents",
     ),
     "design": Stage(
-        lambda c, _: to_dict(c.design) if c.features.keep else {**to_dict(c.design), "features": _features_config(c)},
+        lambda c, _: (
+            deciding(c.design) if c.features.keep else {**deciding(c.design), "features": deciding(c.features)}
+        ),
         lambda c, _: (Ref("images"), Ref("features") if c.features.keep else Ref("encoder")),
         "design_levels",
     ),
@@ -169,14 +164,14 @@ STAGES: dict[str, Stage] = {
     ),
     "samples": Stage(
         lambda c, _: {
-            "sampling": to_dict(c.sampling),
+            "sampling": deciding(c.sampling),
             "guidance": [[level.guidance, *level.guidance_interval] for level in c.levels],
         },
         lambda c, _: tuple(Ref("denoiser", level.level) for level in c.levels),
         "evaluate",
     ),
     "evaluation": Stage(
-        lambda c, _: to_dict(c.evaluation), lambda c, _: (Ref("images"), Ref("encoder"), Ref("samples")), "evaluate"
+        lambda c, _: deciding(c.evaluation), lambda c, _: (Ref("images"), Ref("encoder"), Ref("samples")), "evaluate"
     ),
 }
 

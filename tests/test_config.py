@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nestdiff_core import config as module
-from nestdiff_core.config import ExperimentConfig, LevelConfig, SamplingConfig
-from nestdiff_core.config_io import from_dict, to_dict
+from nestdiff_core.config import ExperimentConfig, FeaturesConfig, LevelConfig, SamplingConfig, TrainConfig
+from nestdiff_core.config_io import deciding, from_dict, to_dict
 from nestdiff_core.errors import ConfigError
 from nestdiff_core.recipes import RECIPES, load_experiment, save_experiment, toy
 
@@ -167,3 +167,11 @@ def test_configs_cannot_be_changed() -> None:
     """A configuration is a value: changing one in place is refused."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         SamplingConfig().seed = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_only_what_decides_results_is_in_fingerprints() -> None:
+    """A knob says whether it decides: never, always, or only where it is not at its default."""
+    assert deciding(FeaturesConfig(keep=False)) == deciding(FeaturesConfig())
+    assert "compile" not in deciding(FeaturesConfig()) and deciding(FeaturesConfig(compile=True))["compile"] is True
+    assert deciding(TrainConfig(log_every=7, checkpoint_every=8, keep_last=9)) == deciding(TrainConfig())
+    assert deciding(TrainConfig(lr=1.0))["lr"] == 1.0
