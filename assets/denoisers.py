@@ -34,7 +34,7 @@ def build(experiment: ExperimentConfig, level: int) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, config: Runtime, artifacts: ArtifactRoot, launcher: LocalLauncher
     ) -> dg.MaterializeResult:
         from nestdiff_core.evaluation.figures import loss_curve
-        from nestdiff_core.training.loop import TIMINGS
+        from nestdiff_core.training.report import MEASURED
 
         x = artifacts.experiment(experiment)
         with refusals():
@@ -44,7 +44,7 @@ def build(experiment: ExperimentConfig, level: int) -> dg.AssetsDefinition:
         with refusals():
             artifact = x.artifact(ref)
             history = read_json(artifact.path / "history.json")
-        timings = {name: history[-1].get(name) for name in TIMINGS}
+        timings = {name: history[-1].get(name) for name in MEASURED}
         names = [name for name in ("loss", "held_out_loss", "held_out_loss_without_conditions") if name in history[-1]]
         curve = loss_curve(
             [line["step"] for line in history],

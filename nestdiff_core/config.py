@@ -272,21 +272,73 @@ class TrainConfig:
     warmup_steps: int = knob(5_000, "Linear warm-up steps.")
     ema_decay: float = knob(0.9999, "Decay of the exponential moving average of the weights, which is what samples.")
     grad_clip: float = knob(0.0, "Largest gradient norm; 0 turns clipping off, as published.")
+    max_loss: float = knob(
+        1000.0,
+        "A step whose loss is larger has exploded, as one that is not finite has; a network that outputs 0 is at 1.",
+        decides="if_changed",
+    )
+    max_skipped_steps: int = knob(
+        0,
+        "Exploded steps that are left out, and counted, before training stops.",
+        decides="if_changed",
+    )
     condition_drop: float = knob(0.1, "Chance that a sample is trained without any of its conditions (for guidance).")
     start_from: str = knob(
         "",
         "A file of published U-ViT weights to start from; what it does not have (conditions) starts as usual.",
     )
+    fork_from: str = knob(
+        "",
+        "A checkpoint (its folder, step_...) of a denoiser with the same network to go on from, with other settings: "
+        "weights, moving average, optimiser and step number.",
+        decides="if_changed",
+    )
+    precision: Literal["float32", "tf32", "bfloat16"] = knob(
+        "float32",
+        "Arithmetic of the network: float32; tf32: its matrix products in TensorFloat-32 on GPUs that have it; "
+        "bfloat16: mixed precision with weights, optimiser and loss in float32, the fastest on a GPU (slow on most "
+        "CPUs).",
+        decides="if_changed",
+    )
+    compile: bool = knob(
+        False,
+        "Whether the network is compiled (torch.compile): faster after a minute or two, with other last bits.",
+        decides="if_changed",
+    )
+    accumulation_steps: int = knob(
+        1,
+        "Parts into which a process cuts its share of a batch to save memory; their gradients are added up.",
+        decides="if_changed",
+    )
+    activation_checkpointing: bool = knob(
+        False,
+        "Whether blocks are computed twice rather than remembered: much less memory, a third slower, the same result.",
+        decides="never",
+    )
     seed: int = knob(0, "Seed of initialisation, data order, noise and dropping.")
     log_every: int = knob(100, "Steps between log lines.", decides="never")
     checkpoint_every: int = knob(5_000, "Steps between checkpoints.", decides="never")
-    keep_last: int = knob(2, "Checkpoints kept.", decides="never")
+    keep_last: int = knob(2, "Newest checkpoints that are kept.", decides="never")
+    keep_every: int = knob(0, "Checkpoints of every so many steps are kept for good; 0: none.", decides="never")
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "log_every", "checkpoint_every", "keep_last"):
+        for name in ("num_steps", "batch_size", "accumulation_steps", "log_every", "checkpoint_every", "keep_last"):
             _require(getattr(self, name) >= 1, f"levels.train.{name}", ">= 1", getattr(self, name))
-        for name in ("seed", "warmup_steps", "weight_decay", "grad_clip"):
+        for name in ("seed", "warmup_steps", "weight_decay", "grad_clip", "max_skipped_steps", "keep_every"):
             _require(getattr(self, name) >= 0, f"levels.train.{name}", ">= 0", getattr(self, name))
+        _require(self.max_loss > 0, "levels.train.max_loss", "> 0", self.max_loss)
+        _require(
+            self.batch_size % self.accumulation_steps == 0,
+            "levels.train.accumulation_steps",
+            f"a divisor of batch_size = {self.batch_size}",
+            self.accumulation_steps,
+        )
+        _require(
+            self.keep_every % self.checkpoint_every == 0,
+            "levels.train.keep_every",
+            f"a multiple of checkpoint_every = {self.checkpoint_every}",
+            self.keep_every,
+        )
         _require(0.0 < self.lr < float("inf"), "levels.train.lr", "a positive number", self.lr)
         for name in ("beta1", "beta2"):
             _require(0.0 <= getattr(self, name) < 1.0, f"levels.train.{name}", "in [0, 1)", getattr(self, name))

@@ -223,6 +223,45 @@ def test_a_latent_is_shared_under_another_number(made: Experiment) -> None:
     assert deeper.artifact(Ref("denoiser", 1)).info["step"] == 20
 
 
+def test_changed_settings_say_what_was_begun(made: Experiment, caplog: pytest.LogCaptureFixture) -> None:
+    """A level that was trained for a while begins anew with a changed setting: the log names the setting, and where
+    training could go on from; and from there it goes on."""
+
+    def with_training(**changes: Any) -> Experiment:
+        level = made.config.level(2)
+        level = replace(level, train=replace(level.train, **changes))
+        return Experiment(replace(made.config, levels=(made.config.level(1), level)), made.root)
+
+    first = with_training(num_steps=1000, checkpoint_every=5)
+    stages.train(first, 2, until_step=10)
+    changed = {"num_steps": 30, "lr": 1e-4}
+    assert stages.train(with_training(**changed), 2, until_step=5) is None
+    assert "denoiser of level 2 was trained to step 10" in caplog.text and "train.lr: 0.001 -> 0.0001" in caplog.text
+    source = first.path(Ref("denoiser", 2)) / "checkpoints" / "step_00000010"
+    assert f"levels.2.train.fork_from: {source}" in caplog.text
+    fork = stages.train(with_training(**changed, fork_from=str(source)), 2)
+    assert fork is not None and [line["step"] for line in read_json(fork.path / "history.json")] == [15, 20, 25, 30]
+
+
+def test_tensorboard_has_every_line(made: Experiment) -> None:
+    """Its event files hold the history's numbers, each step once however often training stopped."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    level = replace(made.config.level(2), train=replace(made.config.level(2).train, num_steps=40, log_every=5))
+    x = Experiment(replace(made.config, levels=(made.config.level(1), level)), made.root)
+    for until in (12, 25, None):
+        artifact = stages.train(x, 2, until_step=until)
+    assert artifact is not None
+    history = read_json(artifact.path / "history.json")
+    events = EventAccumulator(str(artifact.path / "tensorboard"))
+    events.Reload()
+    for name in ("loss", "gradient_norm", "loss_t0.75"):
+        scalars = events.Scalars(f"level_2/{name}")
+        assert [s.step for s in scalars] == [line["step"] for line in history] == list(range(5, 41, 5))
+        np.testing.assert_allclose([s.value for s in scalars], [line[name] for line in history], rtol=1e-6)
+    assert artifact.verify()  # they are beside the artifact, not part of it
+
+
 def test_a_denoisers_digest_depends_on_itself_alone(made: Experiment, tmp_path: Path) -> None:
     """The same denoiser, trained from an experiment with another name and other sampling, is the same artifact."""
     other = Experiment(

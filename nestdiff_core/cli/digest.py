@@ -101,11 +101,11 @@ def _denoiser(name: str, path: Path | None) -> dict[str, str | None]:
     """Digests of the newest checkpoint's full state and of the exported EMA."""
     if path is None:
         return {f"{name}_{part}": None for part in ("model", "ema", "optimizer", "losses")}
-    from nestdiff_core.training.loop import TIMINGS
+    from nestdiff_core.training.report import MEASURED
 
     newest = sorted((path / "checkpoints").glob("step_*"))[-1]
     history = json.loads((newest / "state.json").read_text())["history"]
-    losses = [{k: v for k, v in line.items() if k not in TIMINGS} for line in history]
+    losses = [{k: v for k, v in line.items() if k not in MEASURED} for line in history]
     return {
         f"{name}_model": _hash_tensors(newest / "model.safetensors"),
         f"{name}_ema": _hash_tensors(path / "ema.safetensors"),

@@ -22,7 +22,6 @@ from nestdiff_core.encoders.convnet import ConvEncoder, torchvision_encoder, tor
 from nestdiff_core.encoders.extract import (
     encode_captions,
     encode_crops,
-    encoding_precision,
     extract_crops,
     extract_features,
 )
@@ -40,7 +39,6 @@ __all__ = [
     "build_encoder",
     "encode_captions",
     "encode_crops",
-    "encoding_precision",
     "extract_crops",
     "extract_features",
     "feature_shapes",

@@ -7,22 +7,13 @@ matrix products of another shape round differently.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
-import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from nestdiff_core.encoders.base import Encoder
 from nestdiff_core.errors import ConfigError, NumericsError
-
-
-def encoding_precision(precision: str, device: str) -> AbstractContextManager[object]:
-    """The arithmetic of encoders within the block: float32, or torch's mixed precision in bfloat16 or float16."""
-    if precision == "float32":
-        return nullcontext()
-    return torch.autocast(torch.device(device).type, getattr(torch, precision))
 
 
 def extract_features(

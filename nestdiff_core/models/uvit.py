@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nestdiff_core.config import UViTConfig
 from nestdiff_core.errors import ConfigError, IntegrityError
@@ -79,6 +80,7 @@ class Backbone(nn.Module):
         self.in_blocks = nn.ModuleList(block() for _ in range(config.depth // 2))
         self.mid_block = block()
         self.out_blocks = nn.ModuleList(block(skip=skip) for _ in range(config.depth // 2))
+        self.checkpointing = False  # while training, compute each block again in the backward pass
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
         self.decoder_pred = nn.Linear(config.width, patch_size**2 * channels)
         self.final_layer = nn.Conv2d(channels, channels, 3, padding=1) if config.final_conv else nn.Identity()
@@ -92,12 +94,17 @@ class Backbone(nn.Module):
         """
         skips = []
         for i, block in enumerate(self.in_blocks):
-            tokens = join(i, block(tokens))
+            tokens = join(i, self._call(block, tokens))
             skips.append(tokens)
-        tokens = self.mid_block(tokens)
+        tokens = self._call(self.mid_block, tokens)
         for i, block in enumerate(self.out_blocks, start=len(skips)):
-            tokens = join(i, block(tokens, skips.pop()))
+            tokens = join(i, self._call(block, tokens, skips.pop()))
         return tokens
+
+    def _call(self, block: nn.Module, *tokens: Tensor) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *tokens, use_reentrant=False)
+        return block(*tokens)
 
     def read_out(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "B C H W"]:
         """The latent-shaped output, from the last `num_patches` tokens."""

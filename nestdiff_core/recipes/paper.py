@@ -62,11 +62,12 @@ class Dataset:
     num_samples: int
 
 
+# U-ViT was published with mixed precision in float16; bfloat16 has no overflows to scale around.
 COCO = Dataset(
     "path/to/coco",
     82_783,
     0,
-    TrainConfig(batch_size=256),
+    TrainConfig(batch_size=256, precision="bfloat16", compile=True),
     replace(KL_F8, scale=0.23010),
     EvaluationConfig(extractors=("inception", "encoder"), inception_weights=INCEPTION, reference="held_out"),
     30_000,
@@ -76,7 +77,7 @@ IMAGENET_100 = Dataset(
     "path/to/imagenet100",
     126_689,
     100,
-    TrainConfig(batch_size=1024, beta1=0.99, beta2=0.99),
+    TrainConfig(batch_size=1024, beta1=0.99, beta2=0.99, precision="bfloat16", compile=True),
     KL_F8,
     EvaluationConfig(extractors=("inception", "encoder"), inception_weights=INCEPTION),
     50_000,

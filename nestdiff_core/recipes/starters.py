@@ -112,7 +112,15 @@ def digits() -> ExperimentConfig:
 def images64() -> ExperimentConfig:
     """A starting point for your own images: 64x64 RGB, MoCo v3 on the images themselves, three levels, one GPU."""
     model = UViTConfig(width=512, depth=12, num_heads=8)
-    train = TrainConfig(num_steps=100_000, batch_size=256, beta1=0.99, beta2=0.99, warmup_steps=2_500)
+    train = TrainConfig(
+        num_steps=100_000,
+        batch_size=256,
+        beta1=0.99,
+        beta2=0.99,
+        warmup_steps=2_500,
+        precision="bfloat16",
+        compile=True,
+    )
     return ExperimentConfig(
         name="images64",
         images=ImagesConfig(source="folder", path="path/to/images", resolution=64, channels=3),

@@ -16,7 +16,6 @@ from nestdiff_core.artifacts import Artifact
 from nestdiff_core.encoders import (
     build_encoder,
     encode_captions,
-    encoding_precision,
     extract_crops,
     extract_features,
     feature_shapes,
@@ -30,6 +29,7 @@ from nestdiff_core.files import fingerprint
 from nestdiff_core.images.build import build_images, source_listing
 from nestdiff_core.images.index import ImageIndex
 from nestdiff_core.latents.hierarchy import FeatureMaps
+from nestdiff_core.precision import autocast
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stages.common import require_features, reuse
 from nestdiff_core.stores.writer import create_store, write_shard
@@ -86,7 +86,7 @@ def features(
         shapes = {name: (views, *shape) for name, shape in feature_shapes(frozen).items()}
 
         def encode(pixels: np.ndarray, k: int) -> dict[str, np.ndarray]:
-            with encoding_precision(config.precision, device):
+            with autocast(config.precision, device):
                 feature_map, vector = extract_features(
                     frozen, pixels, config.batch_size, config.dtype, name=index.namer(k), flip=config.flip
                 )
@@ -110,7 +110,7 @@ def crops(
         frozen = load_encoder(x.artifact(Ref("encoder")), device=device, compiled=config.compile)
 
         def encode(pixels: np.ndarray, k: int) -> dict[str, np.ndarray]:
-            with encoding_precision(config.precision, device):
+            with autocast(config.precision, device):
                 maps = extract_crops(
                     frozen, pixels, grid, config.batch_size, config.dtype, name=index.namer(k), flip=config.flip
                 )
@@ -268,7 +268,7 @@ class EncodedMaps:
     def _encode(self, pixels: np.ndarray, shard: int) -> np.ndarray:
         batch, dtype, flip = self.config.batch_size, self.config.dtype, self.config.flip
         name = self.index.namer(shard)
-        with encoding_precision(self.config.precision, self.device):
+        with autocast(self.config.precision, self.device):
             if self.grid is None or self.grid == 1:
                 both = extract_features(self.encoder, pixels, batch, dtype, name=name, flip=flip)
                 return both[0] if self.grid is None else both[1][..., None, None]

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import os
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from nestdiff_core import loading
 from nestdiff_core.artifacts import Artifact, ArtifactWriter
-from nestdiff_core.experiment import Experiment, Ref
-from nestdiff_core.files import write_json
+from nestdiff_core.errors import IntegrityError
+from nestdiff_core.experiment import Experiment, Ref, differences
+from nestdiff_core.files import is_sealed, read_sealed_json, write_json
 from nestdiff_core.models import count_macs, count_parameters
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stages.common import logger, reuse
 from nestdiff_core.stores.page_cache import shuffled_reads
-from nestdiff_core.training.loop import TIMINGS, Trainer, stop_on_signals
+from nestdiff_core.training.checkpoint import STATE, list_checkpoints
+from nestdiff_core.training.events import EventFiles
+from nestdiff_core.training.loop import Trainer, ignore, stop_on_signals
 
 CHECKPOINTS = "checkpoints"
+EVENTS = "tensorboard"
+HISTORY = "history.json"
+TOLD = ("loss", "held_out_loss", "held_out_loss_without_conditions", "gradient_norm", "lr", "skipped_steps")
 
 
 def train(
@@ -38,6 +46,9 @@ def train(
         return made
     batches, index = loading.latent_batches(x, level), loading.open_index(x)
     path, header = x.path(ref), x.header(ref)
+    begins = not list_checkpoints(path / CHECKPOINTS) and not x.config.level(level).train.fork_from
+    if rank == 0 and begins:
+        _tell_of_others(x, ref, path)
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(x.writing(ref, keep_parts=True)) if rank == 0 else None
         stop = stack.enter_context(stop_on_signals())
@@ -52,14 +63,40 @@ def train(
             null_context=loading.null_context(x),
             folder=path / CHECKPOINTS,
             device=torch.device(device),
-            record={k: header[k] for k in ("fingerprint", "config", "inputs")},
+            record={k: header[k] for k in ("experiment", "level", "fingerprint", "config", "inputs")},
             name=index.name,
             warn=logger.warning,
         )
-        trainer.run(progress=progress, stop=stop, until_step=until_step)
+        events = EventFiles(path / EVENTS, level=level, after=trainer.step) if rank == 0 else None
+        log = ignore if events is None else stack.enter_context(events)
+        trainer.run(progress=progress, stop=stop, until_step=until_step, log=log)
         if writer is None or trainer.step < trainer.train.num_steps:
             return None
         return _export(x, trainer, writer)
+
+
+def _tell_of_others(x: Experiment, ref: Ref, path: Path) -> None:
+    """Say so where this level has been trained for a while with other settings: who changed one may not know that
+    training begins anew."""
+    for folder in sorted(path.parent.glob(f"*/{CHECKPOINTS}")):
+        if folder.parent != path and not is_sealed(folder.parent) and (steps := list_checkpoints(folder)):
+            with contextlib.suppress(IntegrityError):  # not what is to be trained now
+                _tell_of_other(x, ref, steps[-1], read_sealed_json(steps[-1] / STATE, stage=ref.stage))
+
+
+def _tell_of_other(x: Experiment, ref: Ref, checkpoint: Path, state: dict[str, Any]) -> None:
+    if (state.get("experiment"), state.get("level")) != (x.config.name, ref.level):
+        return
+    changed = differences(state["config"], x.stage_config(ref)) or {"inputs": ("others", "these")}
+    logger.warning(
+        "%s was trained to step %d with other settings (%s). This one begins anew; to go on from there instead, set "
+        "levels.%d.train.fork_from: %s",
+        ref,
+        state["step"],
+        ", ".join(f"{name}: {theirs} -> {ours}" for name, (theirs, ours) in changed.items()),
+        ref.level,
+        checkpoint,
+    )
 
 
 def _export(x: Experiment, trainer: Trainer, writer: ArtifactWriter) -> Artifact:
@@ -69,10 +106,10 @@ def _export(x: Experiment, trainer: Trainer, writer: ArtifactWriter) -> Artifact
     # Nothing here may depend on what else an experiment says: the denoiser is others' too, by its digest.
     architecture = {"level_config": writer.header["config"], "shapes": shapes}
     write_json(writer.path / "config.json", architecture)
-    write_json(writer.path / "history.json", trainer.history)
-    last = {k: v for k, v in trainer.history[-1].items() if k not in ("step", *TIMINGS)}
+    write_json(writer.path / HISTORY, trainer.history)
+    last = {name: value for name in TOLD if (value := trainer.history[-1].get(name)) is not None}
     return writer.seal(
-        beside=(CHECKPOINTS, "history.json"),
+        beside=(CHECKPOINTS, EVENTS, HISTORY),
         step=trainer.step,
         parameters=count_parameters(trainer.model),
         macs=count_macs(trainer.model),

@@ -8,13 +8,17 @@ Loading never executes code: safetensors and JSON only.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn, optim
 
@@ -33,39 +37,105 @@ from nestdiff_core.files import (
 STATE = "state.json"
 
 
-def save_checkpoint(
-    folder: Path,
-    *,
-    step: int,
-    model: nn.Module,
-    ema: dict[str, Tensor],
-    optimizer: optim.Optimizer,
-    record: dict[str, Any],
-    keep_last: int,
-) -> Path:
-    """Write `folder/step_NNNNNNNN` and remove all but the newest `keep_last`; returns the new directory."""
-    target = folder / f"step_{step:08d}"
-    temporary = folder / f"{TEMPORARY}{uuid.uuid4().hex[:8]}"
-    try:
-        with environment_faults(target):
-            temporary.mkdir(parents=True)
-            save_file(_plain(model.state_dict()), temporary / "model.safetensors")
-            save_file(_plain(ema), temporary / "ema.safetensors")
-            tensors, scalars = _flatten_optimizer(optimizer)
-            save_file(tensors, temporary / "optimizer.safetensors")
-            files = {path.name: file_record(path) for path in sorted(temporary.iterdir())}
-            write_sealed_json(temporary / STATE, {**record, "step": step, "optimizer": scalars, "files": files})
-            fsync_tree(temporary)
-            for damaged in list_checkpoints(folder):
-                if damaged.name >= target.name:  # a resume fell back past it
-                    shutil.rmtree(damaged)
-            os.rename(temporary, target)
-            fsync_directory(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for old in list_checkpoints(folder)[:-keep_last]:
-        shutil.rmtree(old)
-    return target
+class CheckpointWriter:
+    """Writes checkpoints below `folder` in a thread, one at a time, while training goes on.
+
+    Training pauses for as long as it takes to copy the state to the host; the copy is kept for the next time. Of what
+    is there, the newest `keep_last` stay, and those of every `keep_every` steps (0: none).
+
+    Use as a context: at its end everything has been written, or the error is raised that kept it from being.
+    """
+
+    def __init__(self, folder: Path, *, keep_last: int, keep_every: int = 0) -> None:
+        self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
+        self._host: dict[str, Tensor] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[Path] | None = None
+
+    def save(
+        self,
+        *,
+        step: int,
+        model: nn.Module,
+        ema: Mapping[str, Tensor],
+        optimizer: optim.Optimizer,
+        record: Mapping[str, Any],
+    ) -> None:
+        """Begin to write `folder/step_NNNNNNNN`, as soon as the one before has been written."""
+        self.wait()
+        slots = {
+            f"{index}.{name}": value
+            for index, own in optimizer.state_dict()["state"].items()
+            for name, value in own.items()
+        }
+        files = {
+            "model.safetensors": self._copy("model", model.state_dict()),
+            "ema.safetensors": self._copy("ema", ema),
+            "optimizer.safetensors": self._copy("optimizer", slots),
+        }
+        # As text, since what it holds changes while it is written.
+        state = json.dumps({**record, "step": step}, allow_nan=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copies
+        self._writing = self._pool.submit(self._write, step, files, state)
+
+    def wait(self) -> None:
+        """Until the checkpoint that was begun last is on the disk; raises what kept it from getting there."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def check(self) -> None:
+        """Raise what kept the last checkpoint from the disk, if that is known by now."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._pool.shutdown(wait=True)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        if kind is None:
+            self.wait()
+
+    def _copy(self, part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        copies = {}
+        for name, tensor in tensors.items():
+            key = f"{part} {name}"
+            if key not in self._host:
+                # Contiguous, as a file holds it, whatever the layout of the tensor.
+                self._host[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copies[name] = self._host[key].copy_(tensor.detach(), non_blocking=True)
+        return copies
+
+    def _write(self, step: int, files: dict[str, dict[str, Tensor]], state: str) -> Path:
+        target = self.folder / f"step_{step:08d}"
+        temporary = self.folder / f"{TEMPORARY}{uuid.uuid4().hex[:8]}"
+        try:
+            with environment_faults(target):
+                temporary.mkdir(parents=True)
+                for name, tensors in files.items():
+                    save_file(tensors, temporary / name)
+                hashes = {path.name: file_record(path) for path in sorted(temporary.iterdir())}
+                write_sealed_json(temporary / STATE, {**json.loads(state), "files": hashes})
+                fsync_tree(temporary)
+                for damaged in list_checkpoints(self.folder):
+                    if damaged.name >= target.name:  # a resume fell back past it
+                        shutil.rmtree(damaged)
+                os.rename(temporary, target)
+                fsync_directory(self.folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for old in list_checkpoints(self.folder)[: -self.keep_last]:
+            if not (self.keep_every and checkpoint_step(old) % self.keep_every == 0):
+                shutil.rmtree(old)
+        return target
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step that a checkpoint's directory is named for."""
+    return int(path.name.removeprefix("step_"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -115,10 +185,8 @@ def load_latest(
     return None
 
 
-def restore(
-    path: Path, record: dict[str, Any], *, model: nn.Module, ema: dict[str, Tensor], optimizer: optim.Optimizer
-) -> int:
-    """Load a checkpoint found by `load_latest` into the three; returns its step."""
+def restore(path: Path, *, model: nn.Module, ema: dict[str, Tensor], optimizer: optim.Optimizer) -> None:
+    """Load a checkpoint that has been read into the three. Settings of the optimizer stay its own."""
     model.load_state_dict(load_file(path / "model.safetensors"))
     for name, value in load_file(path / "ema.safetensors").items():
         ema[name].copy_(value)
@@ -126,16 +194,4 @@ def restore(
     for key, value in load_file(path / "optimizer.safetensors").items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": record["optimizer"]})
-    return int(record["step"])
-
-
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-
-
-def _flatten_optimizer(optimizer: optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """An optimizer's state as flat tensors `index.name`, and its parameter groups as plain data."""
-    plain = optimizer.state_dict()
-    tensors = {f"{index}.{name}": value for index, slots in plain["state"].items() for name, value in slots.items()}
-    return _plain(tensors), plain["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -106,6 +106,15 @@ class Batch:
     labels: Tensor | None
     draws: Draws
 
+    def share(self, part: int, parts: int) -> Batch:
+        """Every `parts`-th image, from `part` on."""
+        if parts == 1:
+            return self
+        mine = slice(part, None, parts)
+        latents = {m: z[mine] for m, z in self.latents.items()}
+        labels = None if self.labels is None else self.labels[mine]
+        return Batch(self.rows[mine], latents, labels, self.draws.share(part, parts))
+
 
 class LatentBatches:
     """Latents of one level and of its conditions, joined by image row.

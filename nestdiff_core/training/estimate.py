@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -13,9 +12,11 @@ import torch
 
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.models.nested import count_macs, count_parameters
+from nestdiff_core.precision import matrix_precision
 from nestdiff_core.stores.reader import StoreReader
 from nestdiff_core.training.data import LatentBatches
 from nestdiff_core.training.loop import Trainer
+from nestdiff_core.training.report import peak_memory
 
 ROWS = 1024
 
@@ -78,15 +79,12 @@ def estimate(
             device=device,
             record={},
         )
-        for _ in range(2):
-            trainer.train_step(trainer.batch(trainer.step))
-        start = time.monotonic()
-        for _ in range(num_steps):
-            trainer.train_step(trainer.batch(trainer.step))  # ends by reading the loss: the device has finished
-        seconds = (time.monotonic() - start) / num_steps
+        with matrix_precision(own.train.precision):
+            for _ in range(2):
+                trainer.train_step(trainer.batch(trainer.step)).read()  # waits for the device
+            start = time.monotonic()
+            reports = [trainer.train_step(trainer.batch(trainer.step)) for _ in range(num_steps)]
+            reports[-1].read()
+            seconds = (time.monotonic() - start) / num_steps
         trainer.order.close()
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Estimate(count_parameters(trainer.model), count_macs(trainer.model), seconds, memory)
+    return Estimate(count_parameters(trainer.model), count_macs(trainer.model), seconds, peak_memory(device))

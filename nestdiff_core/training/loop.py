@@ -11,13 +11,15 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,15 +28,38 @@ from nestdiff_core.diffusion.loss import level_loss
 from nestdiff_core.diffusion.schedule import NoiseSchedule, make_schedule
 from nestdiff_core.encoders.weights import read_weights
 from nestdiff_core.errors import ConfigError, Interrupted, NumericsError
-from nestdiff_core.models.nested import build_denoiser
+from nestdiff_core.models.nested import build_denoiser, count_macs
+from nestdiff_core.precision import autocast, matrix_precision
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.training.ahead import Ahead
-from nestdiff_core.training.checkpoint import list_checkpoints, load_latest, restore, save_checkpoint
+from nestdiff_core.training.checkpoint import (
+    CheckpointWriter,
+    list_checkpoints,
+    load_latest,
+    read_checkpoint,
+    restore,
+)
 from nestdiff_core.training.data import Batch, BatchOrder, Draws, LatentBatches, draw
+from nestdiff_core.training.report import (
+    NOISE_LEVELS,
+    Line,
+    StepNumbers,
+    StepReport,
+    Window,
+    by_noise_level,
+    matrix_rate,
+    named_losses,
+    peak_memory,
+)
 
 VALIDATION_IMAGES = 512
+VALIDATION_SEED = 2**31 - 1
 NAMED = 5  # images that an error names
-TIMINGS = ("images_per_second", "loader_wait")  # of a log line: share of the time that the loop waited for its batches
+SHOWN = ("loss", "held_out_loss", "gradient_norm", "images_per_second", "mfu", "loader_wait")  # while it runs
+
+
+def ignore(line: Line) -> None:
+    """For who does not want the lines of the log."""
 
 
 class Trainer:
@@ -66,46 +91,84 @@ class Trainer:
         self.condition_noise = {m: config.level(m).condition_noise for m in config.levels_above(level)}
         self.schedule: NoiseSchedule = make_schedule(config.diffusion)
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        if self.train.batch_size % self.world_size:
-            raise ConfigError(
-                "The batch cannot be shared evenly",
-                stage="denoiser",
-                level=level,
-                key="levels.train.batch_size",
-                expected=f"a multiple of {self.world_size} processes",
-                found=self.train.batch_size,
-                fix="Change the number of processes.",
-            )
+        self._check_shares()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.train.seed)
             self.model = build_denoiser(config, level, num_classes).to(device)
+        self.model.checkpointing = self.train.activation_checkpointing
         if null_context is not None:
             self.model.null_context.copy_(null_context)
         if self.train.start_from:
             self.model.start_from(_published(Path(self.train.start_from).expanduser(), level))
-        self.ema = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        self.weights = {name: value.detach() for name, value in self.model.state_dict().items()}
+        self.ema = {name: value.clone() for name, value in self.weights.items()}
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=self.train.lr,
             weight_decay=self.train.weight_decay,
             betas=(self.train.beta1, self.train.beta2),
+            fused=True,
         )
         self.order = BatchOrder(train_rows, self.train.batch_size, self.train.seed)
-        self.held_out = held_out_rows[:VALIDATION_IMAGES]
+        # Images of all kinds, in whatever order they lie.
+        self.held_out = np.random.default_rng(0).permutation(held_out_rows)[:VALIDATION_IMAGES]
         self.folder, self.record, self.warn = folder, record, warn
-        self.step = 0
-        self.history: list[dict[str, float]] = []
-        self.recent: list[float] = []  # losses since the last log line
+        self.checkpoints = CheckpointWriter(folder, keep_last=self.train.keep_last, keep_every=self.train.keep_every)
+        self.step = self.skipped = 0
+        self.history: list[Line] = []
+        self.window = Window()
         self._resume()
+        # A forward pass and a backward pass of twice its cost; one MAC is two operations.
+        self.flops_per_image = 3.0 * 2.0 * count_macs(self.model)
+        if self.train.compile:
+            self.model.compile(fullgraph=True, dynamic=False)
         self.network: nn.Module = DistributedDataParallel(self.model) if self.world_size > 1 else self.model
+
+    def _check_shares(self) -> None:
+        parts = self.world_size * self.train.accumulation_steps
+        if self.train.batch_size % parts:
+            raise ConfigError(
+                "The batch cannot be shared evenly",
+                stage="denoiser",
+                level=self.level,
+                key="levels.train.batch_size",
+                expected=f"a multiple of {self.world_size} processes x {self.train.accumulation_steps} parts = {parts}",
+                found=self.train.batch_size,
+                fix="Change the number of processes.",
+            )
 
     def _resume(self) -> None:
         expected = self.record.get("fingerprint")
         found = load_latest(self.folder, warn=self.warn, level=self.level, expected=expected)
-        if found is not None:
-            path, state = found
-            self.step = restore(path, state, model=self.model, ema=self.ema, optimizer=self.optimizer)
-            self.history, self.recent = state["history"], state["recent"]
+        if found is None:
+            if self.train.fork_from:
+                self._fork(Path(self.train.fork_from).expanduser())
+            return
+        path, state = found
+        restore(path, model=self.model, ema=self.ema, optimizer=self.optimizer)
+        self.step, self.skipped, self.history = state["step"], state.get("skipped", 0), state["history"]
+        self.window = Window.restored(state.get("window", {}))
+
+    def _fork(self, path: Path) -> None:
+        """Begin with the state of another denoiser's checkpoint."""
+        state = read_checkpoint(path, level=self.level)
+        theirs = {name: tuple(value.shape) for name, value in load_file(path / "model.safetensors").items()}
+        ours = {name: tuple(value.shape) for name, value in self.weights.items()}
+        differing = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
+        if differing or state["step"] >= self.train.num_steps:
+            name = differing[0] if differing else "step"
+            raise ConfigError(
+                "This checkpoint cannot be gone on from",
+                stage="denoiser",
+                level=self.level,
+                key="levels.train.fork_from",
+                path=path,
+                expected={name: ours.get(name, f"below num_steps = {self.train.num_steps}")},
+                found={name: theirs.get(name, state["step"])},
+                fix="Name a checkpoint of a denoiser with the same network, from before levels.train.num_steps.",
+            )
+        restore(path, model=self.model, ema=self.ema, optimizer=self.optimizer)
+        self.step = state["step"]
 
     def learning_rate(self, step: int) -> float:
         """Rate of `step` (from 0): a linear warm-up that reaches lr, then constant or a cosine to zero."""
@@ -119,19 +182,20 @@ class Trainer:
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
         """Per-image loss (B,) of `network`."""
         z_above, draws = dict(batch.latents), batch.draws
-        return level_loss(
-            network,
-            self.schedule,
-            self.config.diffusion.prediction,
-            z_l=z_above.pop(self.level),
-            z_above=z_above,
-            condition_noise=self.condition_noise,
-            t=draws.t,
-            eps=draws.eps,
-            eta=draws.eta,
-            labels=batch.labels,
-            drop=draws.drop,
-        )
+        with autocast(self.train.precision, self.device):
+            return level_loss(
+                network,
+                self.schedule,
+                self.config.diffusion.prediction,
+                z_l=z_above.pop(self.level),
+                z_above=z_above,
+                condition_noise=self.condition_noise,
+                t=draws.t,
+                eps=draws.eps,
+                eta=draws.eta,
+                labels=batch.labels,
+                drop=draws.drop,
+            )
 
     def batch(self, step: int) -> Batch:
         """This process's share of what `step` trains on, on the device."""
@@ -139,52 +203,84 @@ class Trainer:
         rows = self.order.batch(step)[self.rank :: self.world_size]
         return self.batches.load(rows, draws.share(self.rank, self.world_size), self.device)
 
-    def train_step(self, batch: Batch) -> tuple[float, float]:
-        """One optimiser step; returns the loss before it, over all processes, and the gradient norm."""
+    def train_step(self, batch: Batch, *, stop: bool = False) -> StepReport:
+        """One optimiser step. One that explodes leaves weights and optimiser as they are.
+
+        stop: whether this process was asked to stop; the report tells all.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step)
-        losses = self.loss(self.network, batch)
-        loss = losses.mean()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train.grad_clip or math.inf)
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            raise self._exploded(batch, losses.detach(), norm.item())
+        parts = [batch.share(i, self.train.accumulation_steps) for i in range(self.train.accumulation_steps)]
+        losses = torch.cat([self._add_gradient(part, last=part is parts[-1]) for part in parts])
+        t, rows = torch.cat([part.draws.t for part in parts]), np.concatenate([part.rows for part in parts])
+        votes = torch.full((1,), float(stop), dtype=torch.float64, device=self.device)
+        told = self._sum(torch.cat([by_noise_level(losses, t).flatten(), votes]))
+        sums, votes = told[:-1].view(2, -1), told[-1]
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm, loss = nn.utils.get_total_norm(gradients), sums[0].sum() / sums[1].sum()
+        exploded = ~(torch.isfinite(norm) & (loss <= self.train.max_loss))
+        if self.train.grad_clip:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.train.grad_clip, norm)
+        # The fused kernel asks for it on the device, as it does for a gradient scaler: nobody waits for the answer.
+        self.optimizer.found_inf = exploded.float()  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         self._update_ema()
         self.step += 1
-        return self._mean(loss.detach()), norm.item()
+        return StepReport(self.step - 1, rows, losses, sums=sums, norm=norm, exploded=exploded, stop=votes)
 
-    def _exploded(self, batch: Batch, losses: Tensor, norm: float) -> NumericsError:
+    def _add_gradient(self, part: Batch, *, last: bool) -> Tensor:
+        """Add the gradient of a part of the batch; returns its losses. Processes share gradients with the last part."""
+        network = self.network
+        with network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext():
+            losses = self.loss(network, part)
+            (losses.mean() / self.train.accumulation_steps).backward()
+        return losses.detach()
+
+    def settle(self, report: StepReport) -> StepNumbers:
+        """Read what a step reported; raises NumericsError where it exploded, once too many have."""
+        numbers = report.read()
+        self.window.add(numbers)
+        if numbers.exploded:
+            self.skipped += 1
+            error = self._exploded(report, numbers)
+            if self.skipped > self.train.max_skipped_steps:
+                raise error
+            self.warn(f"{error} This step is left out, the {self.skipped}. of at most {self.train.max_skipped_steps}.")
+        return numbers
+
+    def _exploded(self, report: StepReport, numbers: StepNumbers) -> NumericsError:
         """What happened, to which images, and what is left."""
-        bad = batch.rows[~torch.isfinite(losses).cpu().numpy()]
+        bad = report.rows[~(report.losses <= self.train.max_loss).cpu().numpy()]
         few = ", ".join(self.name(int(row)) for row in bad[:NAMED]) + (", ..." if len(bad) > NAMED else "")
         kept = list_checkpoints(self.folder)
         return NumericsError(
-            "The loss or its gradient is not finite",
+            "The loss or its gradient has exploded",
             stage="denoiser",
             level=self.level,
-            key=f"step {self.step}",
-            found=f"loss {losses.mean().item()}, of {len(bad)} of {len(losses)} images ({few or 'none alone'}), "
-            f"gradient norm {norm}",
+            key=f"step {report.step}",
+            expected=f"a finite gradient, a loss of at most {self.train.max_loss:g} (levels.train.max_loss)",
+            found=f"loss {numbers.loss}, of {len(bad)} of {len(report.rows)} images ({few or 'none alone'}), "
+            f"gradient norm {numbers.gradient_norm}",
             path=kept[-1] if kept else self.folder,
             fix="Lower levels.train.lr or set levels.train.grad_clip, which makes another denoiser; "
-            + ("that checkpoint is the last good one." if kept else "there is no checkpoint yet."),
+            + (
+                "that checkpoint is the last good one, from which it can go on (levels.train.fork_from)."
+                if kept
+                else "there is no checkpoint yet."
+            ),
         )
 
-    def _mean(self, value: Tensor) -> float:
-        """Mean over all processes, each of which saw another share of the batch."""
+    def _sum(self, values: Tensor) -> Tensor:
+        """Over all processes, each of which saw another share of the batch."""
         if self.world_size > 1:
-            value = value.double()
-            dist.all_reduce(value)
-            value /= self.world_size
-        return value.item()
+            dist.all_reduce(values)
+        return values
 
     @torch.no_grad()
     def _update_ema(self) -> None:
-        values = self.model.state_dict()
-        for name, average in self.ema.items():
-            average.lerp_(values[name], 1.0 - self.train.ema_decay)
+        averages, weights = list(self.ema.values()), list(self.weights.values())
+        torch._foreach_lerp_(averages, weights, 1.0 - self.train.ema_decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def _draw(self, seed: int, step: int, batch_size: int, condition_drop: float) -> Draws:
         return draw(
@@ -201,16 +297,30 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def validation_loss(self, *, condition_drop: float = 0.0) -> float:
-        """Mean loss of the EMA on held-out images at fixed noise and times; condition_drop 1 hides the conditions."""
+    def validation_losses(self, *, condition_drop: float = 0.0) -> np.ndarray:
+        """Losses of the EMA on held-out images, summed by noise level (2, 4): see `by_noise_level`.
+
+        Noise and times are the same whenever and with however many processes it is called; times are spread evenly
+        over [0, 1]. condition_drop 1 hides the conditions.
+        """
+        count = len(self.held_out)
+        draws = self._draw(VALIDATION_SEED, 0, count, condition_drop)
+        draws = replace(draws, t=(torch.arange(count) + 0.5) / count)
+        mine = draws.share(self.rank, self.world_size)
+        rows = self.held_out[self.rank :: self.world_size]
+        size = self.train.batch_size // (self.world_size * self.train.accumulation_steps)
+        sums = torch.zeros(2, NOISE_LEVELS, dtype=torch.float64, device=self.device)
         with self.averaged_weights() as model:
-            draws = self._draw(2**31 - 1, 0, len(self.held_out), condition_drop)
-            return self.loss(model, self.batches.load(self.held_out, draws, self.device)).mean().item()
+            parts = -(-len(rows) // size)
+            for i in range(parts):
+                batch = self.batches.load(rows[i::parts], mine.share(i, parts), self.device)
+                sums += by_noise_level(self.loss(model, batch), batch.draws.t)
+        return self._sum(sums).cpu().numpy()
 
     @contextmanager
     def averaged_weights(self) -> Iterator[nn.Module]:
         """The model with the EMA in place of its weights, in eval mode; puts the weights back at the end."""
-        weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        weights = {name: value.clone() for name, value in self.weights.items()}
         self.model.load_state_dict(self.ema)
         self.model.eval()
         try:
@@ -220,81 +330,97 @@ class Trainer:
             self.model.train()
 
     def save(self) -> None:
-        """A checkpoint of this moment, by the first process only."""
+        """Begin to write a checkpoint of this moment, in the first process; `checkpoints.wait` waits for it."""
         if self.rank == 0:
-            save_checkpoint(
-                self.folder,
+            told = {"history": self.history, "window": self.window.state(), "skipped": self.skipped}
+            self.checkpoints.save(
                 step=self.step,
                 model=self.model,
                 ema=self.ema,
                 optimizer=self.optimizer,
-                record={**self.record, "history": self.history, "recent": self.recent},
-                keep_last=self.train.keep_last,
+                record={**self.record, **told},
             )
-        if self.world_size > 1:
-            dist.barrier()
 
     def run(
-        self, *, progress: Progress = silent, stop: Callable[[], bool] = lambda: False, until_step: int | None = None
+        self,
+        *,
+        progress: Progress = silent,
+        stop: Callable[[], bool] = lambda: False,
+        until_step: int | None = None,
+        log: Callable[[Line], object] = ignore,
     ) -> None:
         """Train to `num_steps` (or `until_step`), logging and saving on the way.
 
-        `stop` is asked after every step; when it says yes a checkpoint is saved and Interrupted raised.
+        `stop` is asked at every step; when it says yes a checkpoint is saved and Interrupted raised. `log` gets each
+        line of the history.
+
+        A step's numbers are read while the device is busy with the next, so that it never waits for this process.
         """
         end = self.train.num_steps if until_step is None else min(self.train.num_steps, until_step)
-        saved, clock, waited = self.step, time.monotonic(), 0.0
-        with closing(self.order), Ahead(self.batch, end=end) as batches:
-            while self.step < end:
-                loss, norm = self.train_step(batches(self.step))
-                self.recent.append(loss)
-                if self.step % self.train.log_every == 0 or self.step == self.train.num_steps:
-                    self._log(norm, time.monotonic() - clock, batches.waited - waited)
-                    clock, waited = time.monotonic(), batches.waited
-                    progress(self.step, self.train.num_steps, f"level {self.level}", **self._shown())
-                else:
-                    progress(self.step, self.train.num_steps, f"level {self.level}")
-                if self.step % self.train.checkpoint_every == 0:
+        saved, asked, pending = self.step, False, None
+        with (
+            matrix_precision(self.train.precision),
+            closing(self.order),
+            self.checkpoints,
+            Ahead(self.batch, end=end) as batches,
+        ):
+            waited = 0.0
+            while self.step < end and not asked:
+                report = self.train_step(batches(self.step), stop=stop())
+                at_log = self.step % self.train.log_every == 0 or self.step == self.train.num_steps
+                at_save = self.step % self.train.checkpoint_every == 0
+                due = at_log or at_save or self.step == end or self.device.type == "cpu"  # which is never ahead
+                for done in [pending, report] if due else [pending]:
+                    asked |= done is not None and self.settle(done).stop
+                pending = None if due else report
+                shown = {}
+                if at_log:
+                    log(self._log(batches.waited - waited))
+                    waited = batches.waited
+                    shown = {k: v for k, v in self.history[-1].items() if k in SHOWN}
+                progress(self.step, self.train.num_steps, f"level {self.level}", **shown)
+                if at_save:
                     self.save()
                     saved = self.step
-                if self._any(stop()):
-                    if saved != self.step:
-                        self.save()
-                    raise Interrupted(
-                        f"Stopped by a signal after step {self.step}",
-                        stage="denoiser",
-                        level=self.level,
-                        path=self.folder,
-                        fix="Run the same command again: it resumes.",
-                    )
-        if saved != self.step:
-            self.save()
+                self.checkpoints.check()
+                asked |= self.world_size == 1 and stop()
+            if pending is not None:
+                self.settle(pending)
+            if saved != self.step:
+                self.save()
+        if asked:
+            raise Interrupted(
+                f"Stopped by a signal after step {self.step}",
+                stage="denoiser",
+                level=self.level,
+                path=self.folder,
+                fix="Run the same command again: it resumes.",
+            )
 
-    def _log(self, norm: float, seconds: float, waited: float) -> None:
+    def _log(self, waited: float) -> Line:
+        """Add a line to the history. waited: seconds that its steps have waited for batches."""
+        window, images = self.window, self.window.timed_steps * self.train.batch_size
+        seconds = max(time.monotonic() - window.clock, 1e-9)
+        rate = matrix_rate(self.device, self.train.precision) * self.world_size
         line = {
             "step": self.step,
-            "loss": float(np.mean(self.recent)),
-            "gradient_norm": norm,
+            **named_losses("loss", window.sums),
+            "gradient_norm": window.gradient_norm,
             "lr": self.learning_rate(self.step - 1),
-            "images_per_second": len(self.recent) * self.train.batch_size / max(seconds, 1e-9),
-            "loader_wait": waited / max(seconds, 1e-9),
+            "skipped_steps": self.skipped,
+            "images_per_second": images / seconds,
+            "loader_wait": waited / seconds,
+            "mfu": images / seconds * self.flops_per_image / rate,
+            "memory_gib": peak_memory(self.device) / 2**30,
         }
         if self.step % self.train.checkpoint_every == 0 or self.step == self.train.num_steps:
-            line["held_out_loss"] = self.validation_loss()
+            line |= named_losses("held_out_loss", self.validation_losses())
             if self.config.levels_above(self.level):
-                line["held_out_loss_without_conditions"] = self.validation_loss(condition_drop=1.0)
+                hidden = self.validation_losses(condition_drop=1.0)
+                line |= named_losses("held_out_loss_without_conditions", hidden)
         self.history.append(line)
-        self.recent = []
-
-    def _shown(self) -> dict[str, float]:
-        return {k: v for k, v in self.history[-1].items() if k != "step"}
-
-    def _any(self, flag: bool) -> bool:
-        """Whether any process says yes: all must leave the loop at the same step."""
-        if self.world_size == 1:
-            return flag
-        votes = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        return bool(votes.item())
+        self.window = Window()
+        return line
 
 
 def _published(path: Path, level: int) -> dict[str, Tensor]:

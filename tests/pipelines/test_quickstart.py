@@ -365,4 +365,4 @@ def test_a_failing_trainer_is_a_failed_run(toy_run: Any, tmp_path: Path, monkeyp
         )
         logged = [entry.user_message for entry in instance.all_logs(done.run_id)]
     assert not done.success
-    assert any("is not finite" in message and "levels.train.lr" in message for message in logged)
+    assert any("has exploded" in message and "levels.train.lr" in message for message in logged)
