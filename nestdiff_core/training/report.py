@@ -124,10 +124,10 @@ def matrix_rate(device: torch.device, precision: str) -> float:
     What model FLOPs utilisation (MFU) is counted against.
     """
     on_gpu = device.type == "cuda"
-    size, dtype = (8192, 16) if on_gpu else (768, 4), torch.bfloat16 if precision == "bfloat16" else torch.float32
-    (side, repeats), best = size, math.inf
-    a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
-    for _ in range(3):
+    side, repeats = (8192, 16) if on_gpu else (1024, 1)
+    dtype, best = torch.bfloat16 if precision == "bfloat16" else torch.float32, math.inf
+    a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+    for _ in range(8):
         if on_gpu:
             torch.cuda.synchronize(device)
         start = time.monotonic()

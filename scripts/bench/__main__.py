@@ -14,9 +14,10 @@ import torch
 import webdataset.utils
 from threadpoolctl import threadpool_limits
 
-from scripts.bench import bases, codecs, extraction, latents, memory, reads
+from scripts.bench import bases, codecs, extraction, latents, launching, memory, reads, training
 
-BENCHES = {module.__name__.split(".")[-1]: module for module in (reads, extraction, bases, latents, codecs, memory)}
+MODULES = (reads, extraction, bases, latents, codecs, memory, training, launching)
+BENCHES = {module.__name__.split(".")[-1]: module for module in MODULES}
 
 
 def main() -> None:
