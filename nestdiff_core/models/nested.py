@@ -290,7 +290,8 @@ def count_macs(module: UViT | NestedDenoiser, *, attention: bool = True) -> int:
     weights = {
         name: p.detach().to("meta") for name, p in itertools.chain(module.named_parameters(), module.named_buffers())
     }
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    eager = torch.compiler.set_stance("force_eager")  # a compiled module cannot be traced
+    with torch.no_grad(), eager, FlopCounterMode(display=False) as counter:
         functional_call(module, weights, module.example_inputs(1, "meta"))
     by_operation = counter.get_flop_counts()["Global"]
     flops = sum(n for operation, n in by_operation.items() if attention or not str(operation).endswith(_ATTENTION))

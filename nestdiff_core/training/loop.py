@@ -115,6 +115,7 @@ class Trainer:
         self.folder, self.record, self.warn = folder, record, warn
         self.checkpoints = CheckpointWriter(folder, keep_last=self.train.keep_last, keep_every=self.train.keep_every)
         self.step = self.skipped = 0
+        self.runs_ahead = device.type != "cpu"  # a GPU works on while its queue is filled
         self.history: list[Line] = []
         self.window = Window()
         self._resume()
@@ -369,7 +370,7 @@ class Trainer:
                 report = self.train_step(batches(self.step), stop=stop())
                 at_log = self.step % self.train.log_every == 0 or self.step == self.train.num_steps
                 at_save = self.step % self.train.checkpoint_every == 0
-                due = at_log or at_save or self.step == end or self.device.type == "cpu"  # which is never ahead
+                due = at_log or at_save or self.step == end or not self.runs_ahead
                 for done in [pending, report] if due else [pending]:
                     asked |= done is not None and self.settle(done).stop
                 pending = None if due else report
