@@ -334,7 +334,7 @@ class Experiment:
             other = read_json(manifest, stage=ref.stage)
             if other["experiment"] != self.config.name or other["level"] != ref.level:
                 continue
-            differing = _differences(
+            differing = differences(
                 {k: wanted[k] for k in ("config", "inputs")}, {k: other[k] for k in ("config", "inputs")}
             )
             if best is None or len(differing) < len(best):
@@ -344,16 +344,16 @@ class Experiment:
         return {k: v[0] for k, v in best.items()}, {k: v[1] for k, v in best.items()}
 
 
-def _differences(a: Any, b: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
+def differences(a: Any, b: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
     """Leaves in which two pieces of plain data differ, by dotted path."""
     if isinstance(a, dict) and isinstance(b, dict):
         found = {}
         for key in sorted(set(a) | set(b)):
-            found |= _differences(a.get(key), b.get(key), f"{where}.{key}" if where else key)
+            found |= differences(a.get(key), b.get(key), f"{where}.{key}" if where else key)
         return found
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         found = {}
         for index, (x, y) in enumerate(zip(a, b, strict=True)):
-            found |= _differences(x, y, f"{where}[{index}]")
+            found |= differences(x, y, f"{where}[{index}]")
         return found
     return {} if a == b else {where: (a, b)}
