@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -28,7 +29,19 @@ from nestdiff_core.artifacts import Artifact, ArtifactWriter, open_artifact, wri
 from nestdiff_core.errors import ConfigError, IntegrityError
 from nestdiff_core.evaluation.samples import Blocks, StoredSamples, save_samples
 from nestdiff_core.experiment import Experiment, Ref, differences
-from nestdiff_core.files import LOCK, PARTS, fingerprint, read_json, replacing, write_json
+from nestdiff_core.files import (
+    LOCK,
+    MANIFEST,
+    PARTS,
+    TEMPORARY,
+    DirectoryLock,
+    environment_faults,
+    fingerprint,
+    fsync_directory,
+    read_json,
+    replacing,
+    write_json,
+)
 from nestdiff_core.loading import Cascade
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.sampling.parts import Part, in_parts, make_parts, rank, together
@@ -88,24 +101,38 @@ def write_npz_file(x: Experiment, path: Path, *, progress: Progress = silent, **
     the same call goes on. request: as for `write_folder`. Runs in each process of a torchrun group."""
     folder = path.with_name(f"{path.name}.parts")
     made = write_folder(x, folder, progress=progress, **request)
+    together()  # all have read the folder's manifest
     if rank() == 0:
-        shards = [StoredSamples(folder / shard["file"]) for shard in made.info["shards"]]
-        shape = (sum(len(shard) for shard in shards), *shards[0].shape[1:3], shards[0].channels)
-        blocks = (shard.read(0, len(shard)) for shard in shards)
-        also = _joined(folder, made.info["shards"])
-        save_samples(path, Blocks(shape, np.dtype(np.uint8), blocks), also=also)
-        shutil.rmtree(folder)
+        with DirectoryLock(folder, stage="samples"), environment_faults(path):
+            joined = folder / f"{TEMPORARY}joined.npz"  # within, where the next run removes it
+            _join(folder, made.info["shards"], joined)
+            os.replace(joined, path)
+            fsync_directory(path.absolute().parent)
+            _remove(folder)
     return made.info["images"]
 
 
-def _joined(folder: Path, shards: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """The small arrays of all shards, one behind the other."""
-    found: dict[str, list[np.ndarray]] = {}
-    for shard in shards:
+def _remove(folder: Path) -> None:
+    """First what vouches for files, last the request: as long as anything is left it says whose it is."""
+    (folder / MANIFEST).unlink()
+    shutil.rmtree(folder / PARTS)
+    for path in folder.iterdir():
+        if path.name != REQUEST:
+            path.unlink()
+    shutil.rmtree(folder)
+
+
+def _join(folder: Path, files: list[dict[str, Any]], path: Path) -> None:
+    """One sample file of all shards: images a shard at a time, then their small arrays."""
+    shards = [StoredSamples(folder / shard["file"]) for shard in files]
+    shape = (sum(len(shard) for shard in shards), *shards[0].shape[1:3], shards[0].channels)
+    small: dict[str, list[np.ndarray]] = {}
+    for shard in files:
         with np.load(folder / shard["file"], allow_pickle=False) as arrays:
-            for name in {"arr_1", "index"} & set(arrays.files):
-                found.setdefault(name, []).append(arrays[name])
-    return {name: np.concatenate(found[name]) for name in sorted(found)}
+            for name in sorted({"arr_1", "index"} & set(arrays.files)):
+                small.setdefault(name, []).append(arrays[name])
+    images = Blocks(shape, np.dtype(np.uint8), (shard.read(0, len(shard)) for shard in shards))
+    save_samples(path, images, also={name: np.concatenate(found) for name, found in small.items()})
 
 
 def _shard_size(x: Experiment, asked: int | None) -> int:
@@ -139,7 +166,8 @@ def _request(header: dict[str, Any]) -> dict[str, Any]:
 
 def _require_same(folder: Path, header: dict[str, Any]) -> None:
     """Refuse a folder with anything but this set, or the beginning of it."""
-    there = sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+    names = (path.name for path in folder.iterdir())
+    there = sorted(name for name in names if name != LOCK and not name.startswith(TEMPORARY))
     if there and REQUEST not in there:
         raise ConfigError(
             "The folder holds other files",
