@@ -13,13 +13,14 @@ import timm
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from nestdiff_core import loading, stages
 from nestdiff_core.cli import main
 from nestdiff_core.cli.digest import experiment_digests
 from nestdiff_core.config import AutoencoderConfig, DesignConfig, EncoderConfig, ImagesConfig
 from nestdiff_core.errors import ConfigError, InputError, IntegrityError
+from nestdiff_core.evaluation.samples import load_samples
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.files import read_json
 from nestdiff_core.recipes import toy
@@ -442,3 +443,26 @@ def test_design_reads_a_store_that_belongs_to_no_experiment(
         assert main(["design", str(target), "--nats", "5"]) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and said[0].index("the paper") > said[0].index("proposed")
+
+
+def test_samples_are_what_generate_and_decode_give(made: Experiment) -> None:
+    """Images, latents of the levels above, and images without conditions: made in parts, to the bit those that are made
+    at once; the parts are gone."""
+    indices, artifact = range(made.config.sampling.num_images), made.artifact(Ref("samples"))
+    z = loading.generate(made, indices, seed=made.config.sampling.seed)
+    assert np.array_equal(load_samples(artifact.path / "samples.npz"), loading.decode(made, z[1]))
+    assert torch.equal(load_file(artifact.path / "latents.safetensors")["z_2"], z[2].half())
+    unread = {2: torch.zeros_like(z[2])}
+    bare = loading.generate(made, indices, seed=made.config.sampling.seed, given=unread, null_conditions=True)
+    assert np.array_equal(load_samples(artifact.path / "without_conditions.npz"), loading.decode(made, bare[1]))
+    assert {path.name for path in artifact.path.iterdir()} >= {"samples.npz", "_parts"}
+    assert not (artifact.path / "shards").exists()
+
+
+def test_damaged_samples_are_made_again(made: Experiment) -> None:
+    """One flipped bit in the finished file: materialising the stage gives the same bytes as before."""
+    path = made.artifact(Ref("samples")).path / "samples.npz"
+    before = path.read_bytes()
+    flip(path, 1000)
+    stages.samples(made)
+    assert path.read_bytes() == before

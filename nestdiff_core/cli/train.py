@@ -7,17 +7,16 @@ printed, and what training it will take, measured on a few steps with noise in p
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
 
 import yaml
 
+from nestdiff_core.cli.workers import reporting
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.config_io import to_dict
 from nestdiff_core.errors import ConfigError, Interrupted, NestdiffError
 from nestdiff_core.experiment import Experiment, Ref
-from nestdiff_core.progress import LogProgress, Progress, TerminalProgress, silent
 from nestdiff_core.recipes import load_experiment
 from nestdiff_core.training import launch
 
@@ -94,7 +93,7 @@ def _work(experiment: Experiment, arguments: argparse.Namespace) -> int:
     rank, alone = int(os.environ["RANK"]), os.environ["WORLD_SIZE"] == "1"
     try:
         device = choose_device(arguments.device)
-        with process_group(device), _reporting(rank) as progress:
+        with process_group(device), reporting(rank) as progress:
             stages.train(experiment, arguments.level, device=device, progress=progress, until_step=arguments.until_step)
         code = 0
     except NestdiffError as error:
@@ -107,20 +106,3 @@ def _work(experiment: Experiment, arguments: argparse.Namespace) -> int:
     if rank == 0:
         launch.report_exit(code)
     return 0
-
-
-@contextlib.contextmanager
-def _reporting(rank: int):
-    """Rank 0 reports home: to Dagster where it was launched from there, else to the terminal."""
-    listener: Progress = silent
-    with contextlib.ExitStack() as stack:
-        if rank == 0 and "DAGSTER_PIPES_CONTEXT" in os.environ:
-            from dagster_pipes import open_dagster_pipes
-
-            log = stack.enter_context(open_dagster_pipes()).log
-            listener = LogProgress(log.info)
-            stack.push(lambda kind, error, _: log.error(str(error)) if isinstance(error, NestdiffError) else None)
-        elif rank == 0:
-            listener = TerminalProgress()
-            stack.callback(listener.close)
-        yield listener

@@ -3,7 +3,8 @@
     python -m scripts.bench                  # all, about ten minutes
     python -m scripts.bench reads codecs     # some
 
-CPU time of the process, one thread; memory is that of processes of its own. Prints Markdown tables.
+CPU time of the process, one thread; memory is that of processes of its own; sampling uses a GPU where there is one, and
+its clock. Prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import torch
 import webdataset.utils
 from threadpoolctl import threadpool_limits
 
-from scripts.bench import bases, codecs, extraction, latents, launching, memory, reads, training
+from scripts.bench import bases, codecs, extraction, latents, launching, memory, reads, sampling, training
 
-MODULES = (reads, extraction, bases, latents, codecs, memory, training, launching)
+MODULES = (reads, extraction, bases, latents, codecs, training, sampling, launching, memory)
 BENCHES = {module.__name__.split(".")[-1]: module for module in MODULES}
 
 

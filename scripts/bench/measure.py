@@ -21,11 +21,14 @@ def compare(
     *,
     rounds: int = 3,
     note: tuple[str, Callable[[Any], str]] | None = None,
+    clock: Callable[[], float] = time.process_time,
+    rate: tuple[str, Callable[[float], str]] | None = None,
 ) -> None:
     """Call the peer, the peer again and the others in turn, `rounds` times after a warm-up; print medians of CPU time.
 
     A ratio is the peer's time over the call's: above 1 is faster than the peer. The second line is the control, which
-    says how far a ratio can be trusted. note: a further column's name, and what it says of a call's last result.
+    says how far a ratio can be trusted. note: a further column's name, and what it says of a call's last result; rate:
+    one that is said of the median, in seconds. clock: what is measured where it is not CPU time.
     """
     name, call = peer
     calls = {name: call, f"{name}, again": call, **others}
@@ -33,16 +36,18 @@ def compare(
     results: dict[str, Any] = {}
     for counted in range(-1, rounds):
         for name, call in calls.items():
-            start = time.process_time()
+            start = clock()
             results[name] = call()
             if counted >= 0:
-                seconds[name].append(time.process_time() - start)
+                seconds[name].append(clock() - start)
     rows = [
         [name, f"{median(times) * 1e3:.2f}", f"{median(seconds[peer[0]]) / median(times):.3g}"]
         + ([note[1](results[name])] if note else [])
+        + ([rate[1](median(times))] if rate else [])
         for name, times in seconds.items()
     ]
-    table(title, ["", "CPU ms", "ratio", *([note[0]] if note else [])], rows)
+    unit = "CPU ms" if clock is time.process_time else "ms"
+    table(title, ["", unit, "ratio", *([note[0]] if note else []), *([rate[0]] if rate else [])], rows)
 
 
 def table(title: str, head: list[str], rows: list[list[str]]) -> None:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,20 +103,20 @@ class Pipeline:
     def x(self) -> Experiment:
         return Experiment(load_experiment(self.experiment), self.home)
 
-    def start(self, *stages: str, verb: str = "run", **faults: int) -> Child:
-        """Begin these stages (default: all of the data side); `faults` are those of forks.py."""
+    def start(self, *stages: str, verb: str = "run", also: Sequence[str] = (), **faults: int) -> Child:
+        """Begin these stages (default: all of the data side). also: further arguments. faults: those of forks.py."""
         output, said = self.forks.pipe()
         named = [word for stage in stages or STAGES for word in ("--stage", stage)] if verb == "run" else []
         order = {
-            "arguments": [verb, str(self.experiment), *named],
+            "arguments": [verb, str(self.experiment), *named, *also],
             "environment": {"NESTDIFF_HOME": str(self.home)},
             "faults": faults,
             "output": str(output),
         }
         return Child(self.forks, self.forks.ask({"start": order}), said)
 
-    def run(self, *stages: str, verb: str = "run", **faults: int) -> Outcome:
-        return self.start(*stages, verb=verb, **faults).wait()
+    def run(self, *stages: str, verb: str = "run", also: Sequence[str] = (), **faults: int) -> Outcome:
+        return self.start(*stages, verb=verb, also=also, **faults).wait()
 
     def at(self, home: Path) -> Pipeline:
         """The same experiment with its artifacts elsewhere."""
