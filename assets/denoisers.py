@@ -9,9 +9,6 @@ from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.experiment import Ref
 from nestdiff_core.files import read_json
 
-# Of a trainer that was killed; a refusal is not tried again. The delay is what a worker may need to save and end.
-RETRIES = dg.RetryPolicy(max_retries=2, delay=10)
-
 
 def build(experiment: ExperimentConfig, level: int) -> dg.AssetsDefinition:
     ref = Ref("denoiser", level)
@@ -32,7 +29,7 @@ def build(experiment: ExperimentConfig, level: int) -> dg.AssetsDefinition:
     class Runtime(runtime_config(experiment)):
         """How this run is done; what decides the result is changed in the experiment."""
 
-    @dg.multi_asset(name=f"denoiser_level_{level}", specs=[spec], pool=POOL, retry_policy=RETRIES)
+    @dg.multi_asset(name=f"denoiser_level_{level}", specs=[spec], pool=POOL)
     def denoiser(
         context: dg.AssetExecutionContext, config: Runtime, artifacts: ArtifactRoot, launcher: LocalLauncher
     ) -> dg.MaterializeResult:

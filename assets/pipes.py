@@ -8,6 +8,8 @@ from typing import Any
 import dagster as dg
 from dagster_pipes import PipesParams
 
+RETRIES, RETRY_SECONDS = 2, 10  # of a trainer that was killed
+
 
 class TrainerMessages(dg.PipesTempFileMessageReader):
     """Reads what `nestdiff_core.cli.train` writes: log lines go to the run's log, numbers become observations of the
@@ -32,16 +34,17 @@ class TrainerMessages(dg.PipesTempFileMessageReader):
             case {"refusal": dict(refusal)}:
                 self.refusal = refusal
 
-    def failure(self) -> dg.Failure | None:
-        """The refusal as a Dagster failure; None where the trainer ended without a word: it was killed.
+    def failure(self) -> dg.Failure | dg.RetryRequested:
+        """Why the trainer ended without having done its work.
 
-        A retry would meet the same refusal, but for one: the trainer before this one may still be saving.
+        A killed one, which said nothing, is started again and resumes; a refusal would only be repeated, except that
+        the trainer before a retry may still be saving. (A RetryPolicy would start a run that was cancelled again.)
         """
-        if self.refusal is None:
-            return None
+        again = dg.RetryRequested(max_retries=RETRIES, seconds_to_wait=RETRY_SECONDS)
+        if self.refusal is None or (self.context.retry_number > 0 and self.refusal["kind"] == "LockHeld"):
+            return again
         record = {name: str(value) for name, value in self.refusal.items() if value is not None and name != "sentence"}
-        saving = self.context.retry_number > 0 and self.refusal["kind"] == "LockHeld"
-        return dg.Failure(description=self.refusal["sentence"], metadata=record, allow_retries=saving)
+        return dg.Failure(description=self.refusal["sentence"], metadata=record, allow_retries=False)
 
 
 class _Live:

@@ -58,4 +58,4 @@ class LocalLauncher(dg.ConfigurableResource):
                 },
             )
         except DagsterPipesExecutionError as error:
-            raise messages.failure() or error from None
+            raise messages.failure() from error
