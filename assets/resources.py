@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import dagster as dg
+from dagster._core.errors import DagsterPipesExecutionError
 
+from assets.pipes import TrainerMessages
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.experiment import Experiment, home
 from nestdiff_core.recipes import save_experiment
@@ -30,24 +32,30 @@ class LocalLauncher(dg.ConfigurableResource):
     def train(
         self, context: dg.AssetExecutionContext, x: Experiment, level: int, *, device: str, processes: int
     ) -> None:
-        client = dg.PipesSubprocessClient(termination_timeout_seconds=TERMINATION_TIMEOUT_SECONDS)
-        client.run(
-            context=context,
-            command=[
-                sys.executable,
-                "-m",
-                "nestdiff_core",
-                "train",
-                str(save_experiment(x.config, x.root)),
-                f"--level={level}",
-                f"--device={device}",
-                f"--processes={processes}",
-            ],
-            env={
-                "NESTDIFF_HOME": str(x.root),
-                "NESTDIFF_DIE_WITH_PARENT": "1",
-                "PYTHONPATH": os.pathsep.join(
-                    p for p in (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")) if p
-                ),
-            },
+        messages = TrainerMessages(context)
+        client = dg.PipesSubprocessClient(
+            message_reader=messages, termination_timeout_seconds=TERMINATION_TIMEOUT_SECONDS
         )
+        try:
+            client.run(
+                context=context,
+                command=[
+                    sys.executable,
+                    "-m",
+                    "nestdiff_core",
+                    "train",
+                    str(save_experiment(x.config, x.root)),
+                    f"--level={level}",
+                    f"--device={device}",
+                    f"--processes={processes}",
+                ],
+                env={
+                    "NESTDIFF_HOME": str(x.root),
+                    "NESTDIFF_DIE_WITH_PARENT": str(os.getpid()),
+                    "PYTHONPATH": os.pathsep.join(
+                        p for p in (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")) if p
+                    ),
+                },
+            )
+        except DagsterPipesExecutionError as error:
+            raise messages.failure() from error
