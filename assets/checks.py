@@ -140,17 +140,17 @@ def _checkpoint_loads(x: Experiment, ref: Ref) -> tuple[bool, dict[str, Any]]:
 
 
 def _samples_in_range(x: Experiment, ref: Ref) -> tuple[bool, dict[str, Any]]:
-    from nestdiff_core.evaluation.samples import load_samples
+    from nestdiff_core.evaluation.samples import StoredSamples
 
     artifact = x.artifact(ref)
-    pictures = load_samples(artifact.path / "samples.npz")
-    spread = float(pictures.std(axis=(1, 2, 3)).min())
+    pictures = StoredSamples(artifact.path / "samples.npz")
+    spread = min(float(picture.std()) for picture in pictures)
     complete = len(pictures) == x.config.sampling.num_images
     return complete and spread > 0, {
         "images": len(pictures),
         "smallest_contrast": spread,
-        "minimum": int(pictures.min()),
-        "maximum": int(pictures.max()),
+        "minimum": artifact.info["minimum"],
+        "maximum": artifact.info["maximum"],
     }
 
 

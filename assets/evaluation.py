@@ -3,8 +3,8 @@
 import dagster as dg
 
 from assets.config import POOL, asset_spec, log_progress, refusals, runtime_config
-from assets.report import grid, result, table
-from assets.resources import ArtifactRoot
+from assets.report import SHOWN, grid, result, table
+from assets.resources import ArtifactRoot, LocalLauncher
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.experiment import Ref
 
@@ -25,17 +25,20 @@ def build_samples(experiment: ExperimentConfig) -> dg.AssetsDefinition:
         """How this run is done; what decides the result is changed in the experiment."""
 
     @dg.multi_asset(name="samples", specs=[spec], pool=POOL)
-    def samples(context: dg.AssetExecutionContext, config: Runtime, artifacts: ArtifactRoot) -> dg.MaterializeResult:
+    def samples(
+        context: dg.AssetExecutionContext, config: Runtime, artifacts: ArtifactRoot, launcher: LocalLauncher
+    ) -> dg.MaterializeResult:
         from nestdiff_core import stages
         from nestdiff_core.devices import choose_device
-        from nestdiff_core.evaluation.samples import load_samples
+        from nestdiff_core.evaluation.samples import StoredSamples
 
-        with refusals():
-            artifact = stages.samples(
-                artifacts.experiment(experiment), device=choose_device(config.device), progress=log_progress(context)
-            )
+        x = artifacts.experiment(experiment)
+        if config.processes > 1:
+            launcher.sample(context, x, device=config.device, processes=config.processes)
+        with refusals():  # what the launcher's processes made is only checked
+            artifact = stages.samples(x, device=choose_device(config.device), progress=log_progress(context))
             grids = {
-                name: grid(load_samples(artifact.path / f"{name}.npz"))
+                name: grid(StoredSamples(artifact.path / f"{name}.npz").read(0, SHOWN))
                 for name in ("samples", "without_conditions")
                 if (artifact.path / f"{name}.npz").is_file()
             }

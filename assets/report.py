@@ -6,6 +6,7 @@ import dagster as dg
 
 from nestdiff_core.artifacts import Artifact
 
+SHOWN = 60
 SMOOTH_BELOW = 16  # pixels a side
 
 
@@ -37,10 +38,10 @@ def picture(png: bytes) -> dg.MetadataValue:
 
 
 def grid(images: Any) -> dg.MetadataValue:
-    """At most 60 images uint8 (N, H, W, C); tiny ones are enlarged smoothly."""
+    """At most SHOWN images uint8 (N, H, W, C); tiny ones are enlarged smoothly."""
     from nestdiff_core.evaluation.figures import image_grid
 
-    return picture(image_grid(images[:60], smooth=images.shape[1] <= SMOOTH_BELOW))
+    return picture(image_grid(images[:SHOWN], smooth=images.shape[1] <= SMOOTH_BELOW))
 
 
 def table(rows: list[dict[str, Any]]) -> dg.MetadataValue:

@@ -25,30 +25,30 @@ class ArtifactRoot(dg.ConfigurableResource):
 
 
 class LocalLauncher(dg.ConfigurableResource):
-    """Trains a level with torchrun on this machine, under Dagster Pipes: what it reports streams into the run's log,
-    and it ends with the run that started it. A launcher for a cluster is another resource with the same method.
+    """Trains a level, or samples, with torchrun on this machine, under Dagster Pipes: what it reports streams into the
+    run's log, and it ends with the run that started it. A launcher for a cluster is another resource with the same
+    methods.
     """
 
     def train(
         self, context: dg.AssetExecutionContext, x: Experiment, level: int, *, device: str, processes: int
     ) -> None:
+        self._run(context, x, "train", f"--level={level}", f"--device={device}", f"--processes={processes}")
+
+    def sample(self, context: dg.AssetExecutionContext, x: Experiment, *, device: str, processes: int) -> None:
+        """Make the stage `samples`."""
+        self._run(context, x, "run", "--stage=samples", f"--device={device}", f"--processes={processes}")
+
+    def _run(self, context: dg.AssetExecutionContext, x: Experiment, verb: str, *arguments: str) -> None:
         messages = TrainerMessages(context)
         client = dg.PipesSubprocessClient(
             message_reader=messages, termination_timeout_seconds=TERMINATION_TIMEOUT_SECONDS
         )
+        command = [sys.executable, "-m", "nestdiff_core", verb, str(save_experiment(x.config, x.root)), *arguments]
         try:
             client.run(
                 context=context,
-                command=[
-                    sys.executable,
-                    "-m",
-                    "nestdiff_core",
-                    "train",
-                    str(save_experiment(x.config, x.root)),
-                    f"--level={level}",
-                    f"--device={device}",
-                    f"--processes={processes}",
-                ],
+                command=command,
                 env={
                     "NESTDIFF_HOME": str(x.root),
                     "NESTDIFF_DIE_WITH_PARENT": str(os.getpid()),

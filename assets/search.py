@@ -3,7 +3,7 @@
 import dagster as dg
 
 from assets.config import POOL, asset_key, log_progress, refusals, runtime_config
-from assets.report import grid, result, table
+from assets.report import SHOWN, grid, result, table
 from assets.resources import ArtifactRoot, LocalLauncher
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.experiment import Experiment, Ref
@@ -64,17 +64,19 @@ def _candidate(experiment: ExperimentConfig, sigma: float) -> dg.AssetsDefinitio
     ) -> dg.MaterializeResult:
         from nestdiff_core import stages
         from nestdiff_core.devices import choose_device
-        from nestdiff_core.evaluation.samples import load_samples
+        from nestdiff_core.evaluation.samples import StoredSamples
 
         x = artifacts.experiment(variant)
         for level in reversed(variant.levels):
             if x.find(Ref("denoiser", level.level)) is None:
                 launcher.train(context, x, level.level, device=config.device, processes=config.processes)
+        if config.processes > 1:
+            launcher.sample(context, x, device=config.device, processes=config.processes)
         with refusals():
             device, progress = choose_device(config.device), log_progress(context)
             samples = stages.samples(x, device=device, progress=progress)
             evaluation = stages.evaluation(x, device=device, progress=progress)
-            pictures = grid(load_samples(samples.path / "samples.npz"))
+            pictures = grid(StoredSamples(samples.path / "samples.npz").read(0, SHOWN))
         numbers = {name: n["value"] for name, n in evaluation.info["metrics"].items()}
         return result(evaluation, key, samples=pictures, **numbers)
 

@@ -469,6 +469,18 @@ class SamplingConfig:
         "all", "What guidance contrasts with: neither label nor conditions, or the label alone."
     )
     seed: int = knob(0, "Seed; image i depends on (seed, i) only.")
+    precision: Literal["float32", "bfloat16"] = knob(
+        "float32",
+        "Arithmetic of the denoisers: float32, or mixed precision, several times faster on a GPU; the solver's stays "
+        "float32.",
+        decides="if_changed",
+    )
+    compile: bool = knob(
+        False,
+        "Whether the denoisers are compiled (torch.compile): faster after a minute for each level, with other last "
+        "bits.",
+        decides="if_changed",
+    )
 
     def __post_init__(self) -> None:
         for name in ("num_evaluations", "num_images", "batch_size"):
@@ -542,7 +554,7 @@ class RuntimeConfig:
     """How work is run. Nothing here changes a result or enters a fingerprint; the launchpad may edit it."""
 
     device: str = knob("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
-    processes: int = knob(1, "Training processes, one per GPU (torchrun).")
+    processes: int = knob(1, "Processes that train a level or sample, one per GPU (torchrun).")
 
     def __post_init__(self) -> None:
         _require(self.processes >= 1, "runtime.processes", ">= 1", self.processes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -40,16 +41,19 @@ def choose_device(name: str) -> str:
 
 
 @contextmanager
-def process_group(device: str) -> Iterator[int]:
-    """Join the torchrun group this process belongs to, if any; yields the rank."""
+def process_group(device: str, *, patience: timedelta | None = None) -> Iterator[int]:
+    """Join the torchrun group this process belongs to, if any; yields the rank.
+
+    patience: how long one may wait for another; default: torch's minutes. One that dies is noticed at once.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield 0
         return
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=torch.device(device))
+        dist.init_process_group("nccl", device_id=torch.device(device), timeout=patience)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=patience)
     try:
         yield dist.get_rank()
     finally:

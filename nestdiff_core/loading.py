@@ -6,16 +6,19 @@ Every function raises IntegrityError when the artifact is missing, with the comm
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
 from safetensors.torch import load_file
 from torch import Tensor
 
 from nestdiff_core.artifacts import Artifact, ArtifactWriter
 from nestdiff_core.autoencoders import Autoencoder, make_autoencoder
 from nestdiff_core.config import ExperimentConfig
-from nestdiff_core.diffusion.cascade import sample_cascade
+from nestdiff_core.diffusion.cascade import micro_batches, sample_cascade
 from nestdiff_core.encoders.weights import weights_digest
 from nestdiff_core.errors import IntegrityError
 from nestdiff_core.evaluation.samples import to_uint8
@@ -154,11 +157,98 @@ def latent_batches(x: Experiment, level: int) -> LatentBatches:
 
 
 def open_denoiser(x: Experiment, level: int, *, device: str = "cpu") -> NestedDenoiser:
-    """The trained denoiser of a level: its EMA weights, in eval mode."""
+    """The trained denoiser of a level: its EMA weights, compared with their checksum, in eval mode."""
     artifact = x.artifact(Ref("denoiser", level))
+    artifact.verify()
     model = build_denoiser(x.config, level, num_classes(x.config, open_index(x)))
     model.load_state_dict(load_file(artifact.path / EMA))
     return model.to(device).eval()
+
+
+class Cascade:
+    """The experiment's denoisers and what tells them what to make, opened once to sample from often.
+
+    levels: whose denoisers; all by default. With `sampling.compile` each is compiled whole, once for each shape of
+    batch that it gets (guidance doubles it), at its first call.
+    """
+
+    def __init__(self, x: Experiment, *, levels: Iterable[int] | None = None, device: str = "cpu") -> None:
+        self.x, self.device, self._index = x, device, open_index(x)
+        chosen = range(1, x.config.num_levels + 1) if levels is None else levels
+        self.denoisers = {level: open_denoiser(x, level, device=device) for level in chosen}
+        if x.config.sampling.compile:
+            # All levels share one function, which is compiled for each of them: by default eight times at most.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(self.denoisers))
+            for denoiser in self.denoisers.values():
+                denoiser.forward = torch.compile(denoiser.forward, dynamic=False, fullgraph=True)
+
+    @cached_property
+    def autoencoder(self) -> Autoencoder:
+        return open_autoencoder(self.x, device=self.device)
+
+    def latents(
+        self,
+        image_indices: Iterable[int],
+        *,
+        seed: int,
+        given: dict[int, Tensor] | None = None,
+        null_conditions: bool = False,
+        progress: Progress = silent,
+    ) -> dict[int, Tensor]:
+        """As `generate`."""
+        indices = list(image_indices)
+        return sample_cascade(
+            self.denoisers,
+            self.x.config,
+            image_indices=indices,
+            seed=seed,
+            labels=self._labels(indices),
+            given=given or {},
+            null_conditions=null_conditions,
+            device=torch.device(self.device),
+            progress=progress,
+        )
+
+    def without_conditions(
+        self, image_indices: Iterable[int], *, seed: int, progress: Progress = silent
+    ) -> Float[Tensor, "N C H W"]:
+        """z_1 as the denoiser of level 1 alone makes it: what the levels above add is the difference."""
+        config, indices = self.x.config, list(image_indices)
+        unread = {m: torch.zeros(len(indices), *config.latent_shape(m)) for m in range(2, config.num_levels + 1)}
+        return self.latents(indices, seed=seed, given=unread, null_conditions=True, progress=progress)[1]
+
+    def images(self, image_indices: Iterable[int], z_1: Float[Tensor, "N C H W"]) -> UInt8[np.ndarray, "N H W c"]:
+        """Images of latents of level 1, decoded as they were sampled: in batches of one size, each at its place."""
+        indices = list(image_indices)
+        channels, side = self.x.config.images.channels, self.x.config.images.resolution
+        pictures = np.empty((len(indices), side, side, channels), np.uint8)
+        for batch in micro_batches(indices, self.x.config.sampling.batch_size, torch.device("cpu")):
+            decoded = self.autoencoder.decode(batch.spread(z_1.float()))[batch.rows]
+            pictures[batch.places] = to_uint8(decoded, numbers=batch.images)
+        return pictures
+
+    def told(self, image_index: int) -> dict[str, Any]:
+        """What image number `image_index` is told to be: its label or its caption, or nothing."""
+        if classes := num_classes(self.x.config, self._index):
+            return {"label": image_index % classes}
+        if self.x.config.conditioning.labels != "text":
+            return {}
+        [row] = self._caption_rows([image_index]).tolist()
+        return {"caption": self._index.captions(slice(row, row + 1))[0][0]}
+
+    def _labels(self, indices: list[int]) -> Tensor | None:
+        """Class i mod num_classes (N,), or the first caption of held-out image i mod their number as tokens (N, T, W),
+        or None."""
+        if classes := num_classes(self.x.config, self._index):
+            return torch.tensor([i % classes for i in indices])
+        if self.x.config.conditioning.labels != "text":
+            return None
+        rows = self._caption_rows(indices)
+        return torch.from_numpy(open_features(self.x, TOKENS, Ref("text")).read(rows, np.zeros_like(rows))).float()
+
+    def _caption_rows(self, indices: list[int]) -> np.ndarray:
+        held_out = self._index.rows("held_out")
+        return held_out[np.asarray(indices, np.int64) % len(held_out)]
 
 
 def generate(
@@ -173,48 +263,13 @@ def generate(
 ) -> dict[int, Tensor]:
     """Latents z_l (N, C, H, W) of every level, sampled from the top down; see `diffusion.sample_cascade`.
 
-    image_indices: which images; image i depends on (seed, i) only. given: latents of levels that are not sampled.
-    null_conditions: withhold every condition. See `sampling_labels` for labels and captions.
+    image_indices: which images; image i depends on (seed, i) only, what it is told to be included: class
+    i mod num_classes, or the first caption of held-out image i mod their number. given: latents of levels that are not
+    sampled. null_conditions: withhold every condition. Opens the denoisers every time; `Cascade` opens them once.
     """
-    indices, given = list(image_indices), given or {}
-    denoisers = {
-        level: open_denoiser(x, level, device=device)
-        for level in range(1, x.config.num_levels + 1)
-        if level not in given
-    }
-    return sample_cascade(
-        denoisers,
-        x.config,
-        image_indices=indices,
-        seed=seed,
-        labels=sampling_labels(x, indices),
-        given=given,
-        null_conditions=null_conditions,
-        device=torch.device(device),
-        progress=progress,
-    )
-
-
-def sampling_labels(x: Experiment, indices: list[int]) -> Tensor | None:
-    """What the images `indices` are sampled with: class i mod num_classes (N,), or the first caption of held-out image
-    i mod their number as tokens (N, T, W), or None."""
-    index = open_index(x)
-    if classes := num_classes(x.config, index):
-        return torch.tensor([i % classes for i in indices])
-    if x.config.conditioning.labels != "text":
-        return None
-    held_out = index.rows("held_out")
-    rows = held_out[np.asarray(indices, np.int64) % len(held_out)]
-    return torch.from_numpy(open_features(x, TOKENS, Ref("text")).read(rows, np.zeros_like(rows))).float()
-
-
-def generate_without_conditions(
-    x: Experiment, image_indices: Iterable[int], *, seed: int, device: str = "cpu", progress: Progress = silent
-) -> Tensor:
-    """z_1 (N, C, H, W) as the denoiser of level 1 alone makes it: what the levels above add is the difference."""
-    indices = list(image_indices)
-    unread = {m: torch.zeros(len(indices), *x.config.latent_shape(m)) for m in range(2, x.config.num_levels + 1)}
-    return generate(x, indices, seed=seed, given=unread, null_conditions=True, device=device, progress=progress)[1]
+    levels = [level for level in range(1, x.config.num_levels + 1) if level not in (given or {})]
+    cascade = Cascade(x, levels=levels, device=device)
+    return cascade.latents(image_indices, seed=seed, given=given, null_conditions=null_conditions, progress=progress)
 
 
 def decode(x: Experiment, z_1: Tensor, *, device: str = "cpu") -> np.ndarray:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 
+from nestdiff_core.cli import workers
+from nestdiff_core.errors import ConfigError
 from nestdiff_core.experiment import Experiment
 from nestdiff_core.progress import TerminalProgress
 from nestdiff_core.recipes import load_experiment
+from nestdiff_core.training import launch
 
 STAGES = ("images", "encoder", "features", "crops", "text", "bases", "latents", "train", "samples", "evaluation")
 
@@ -20,11 +23,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add_experiment(parser)
     parser.add_argument("--stage", action="append", choices=STAGES, help="only this stage; may be given several times")
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="processes that train and sample (default: the experiment's)"
+    )
     add_device(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     experiment = Experiment(load_experiment(arguments.experiment))
+    if arguments.processes is not None and arguments.processes < 1:
+        raise ConfigError(
+            "--processes cannot be used",
+            key="--processes",
+            expected=">= 1",
+            found=arguments.processes,
+            fix="Change it.",
+        )
+    if launch.under_torchrun() and arguments.stage == ["samples"]:
+        return _samples(experiment, arguments)
     from nestdiff_core.devices import choose_device
 
     device = choose_device(arguments.device or experiment.config.runtime.device)
@@ -32,8 +48,11 @@ def run(arguments: argparse.Namespace) -> int:
     for stage in arguments.stage or STAGES:
         if stage in optional:
             continue
-        with TerminalProgress() as progress:
-            code = _run_stage(experiment, stage, arguments, device, progress)
+        if stage == "samples":
+            code = _samples(experiment, arguments)
+        else:
+            with TerminalProgress() as progress:
+                code = _run_stage(experiment, stage, arguments, device, progress)
         if code:
             return code
         print(f"{stage}: done", flush=True)
@@ -53,7 +72,7 @@ def _run_stage(
                     argparse.Namespace(
                         experiment=arguments.experiment,
                         level=level,
-                        processes=None,
+                        processes=arguments.processes,
                         until_step=None,
                         dry_run=False,
                         device=arguments.device,
@@ -70,3 +89,17 @@ def _run_stage(
         case _:
             getattr(stages, stage)(experiment, device=device, progress=progress)
     return 0
+
+
+def _samples(experiment: Experiment, arguments: argparse.Namespace) -> int:
+    from nestdiff_core import stages
+
+    runtime = experiment.config.runtime
+    device = arguments.device or runtime.device
+    named = [arguments.experiment] if arguments.experiment else []
+    return workers.share(
+        ["run", *named, "--stage=samples", f"--device={device}"],
+        lambda device, progress: stages.samples(experiment, device=device, progress=progress),
+        device=device,
+        processes=arguments.processes or runtime.processes,
+    )

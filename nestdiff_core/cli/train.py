@@ -7,19 +7,16 @@ printed, and what training it will take, measured on a few steps with noise in p
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
 import sys
-from collections.abc import Iterator
 
 import yaml
 
+from nestdiff_core.cli.workers import reporting
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.config_io import to_dict
 from nestdiff_core.errors import ConfigError, Interrupted, NestdiffError
 from nestdiff_core.experiment import Experiment, Ref
-from nestdiff_core.progress import LogProgress, NumbersProgress, Progress, TerminalProgress, all_of, silent
 from nestdiff_core.recipes import load_experiment
 from nestdiff_core.training import launch
 
@@ -96,7 +93,7 @@ def _work(experiment: Experiment, arguments: argparse.Namespace) -> int:
     rank, alone = int(os.environ["RANK"]), os.environ["WORLD_SIZE"] == "1"
     try:
         device = choose_device(arguments.device)
-        with process_group(device), _reporting(rank) as progress:
+        with process_group(device), reporting(rank) as progress:
             stages.train(experiment, arguments.level, device=device, progress=progress, until_step=arguments.until_step)
         code = 0
     except NestdiffError as error:
@@ -109,57 +106,3 @@ def _work(experiment: Experiment, arguments: argparse.Namespace) -> int:
     if rank == 0:
         launch.report_exit(code)
     return 0
-
-
-@contextlib.contextmanager
-def _reporting(rank: int) -> Iterator[Progress]:
-    """Rank 0 reports home: to Dagster where it was launched from there, else to the terminal."""
-    listener: Progress = silent
-    with contextlib.ExitStack() as stack:
-        if rank == 0 and "DAGSTER_PIPES_CONTEXT" in os.environ:
-            listener = stack.enter_context(_to_dagster())
-        elif rank == 0:
-            listener = TerminalProgress()
-            stack.callback(listener.close)
-        yield listener
-
-
-@contextlib.contextmanager
-def _to_dagster() -> Iterator[Progress]:
-    """Lines for the run's log, numbers to plot, and the refusal, if it ends with one, over Dagster Pipes.
-
-    A message that cannot be delivered costs nothing but itself: training goes on.
-    """
-    from dagster_pipes import open_dagster_pipes
-
-    lost = contextlib.suppress(OSError)
-    pipes = None
-    with lost:
-        pipes = open_dagster_pipes()
-    if pipes is None:
-        yield silent
-        return
-
-    def log(line: str) -> None:
-        with lost:
-            pipes.log.info(line)
-
-    def tell(numbers: dict[str, float]) -> None:
-        with lost:
-            pipes.report_custom_message({"numbers": numbers})
-
-    try:
-        yield all_of(LogProgress(log), NumbersProgress(tell))
-    except NestdiffError as error:
-        record = {"kind": type(error).__name__, "sentence": str(error), **json.loads(error.to_json())}
-        with lost:
-            pipes.log.error(str(error))
-            pipes.report_custom_message({"refusal": record})
-            pipes.close()
-        raise
-    except BaseException:
-        with lost:
-            pipes.__exit__(*sys.exc_info())
-        raise
-    with lost:
-        pipes.close()

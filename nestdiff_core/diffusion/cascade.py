@@ -6,7 +6,8 @@ part of the images computes the same bits as a run over all. Another batch size 
 rounding of matrix products of another shape. Streams count levels from the top: a level inserted below leaves the
 samples of those above as they were.
 
-Latents are as the denoisers know them (standardised, z_1 in the autoencoder's space); nothing is clamped here.
+Latents are as the denoisers know them (standardised, z_1 in the autoencoder's space); nothing is clamped here. They,
+the noise, guidance and the solver are float32 whatever the networks compute in.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def sample_cascade(
     sampler = _LevelSampler(config, denoisers, seed, null_conditions)
     result = {m: torch.empty(len(indices), *config.latent_shape(m)) for m in range(config.num_levels, 0, -1)}
     finished = 0
-    for batch in _micro_batches(indices, config.sampling.batch_size, torch.device(device)):
+    for batch in micro_batches(indices, config.sampling.batch_size, torch.device(device)):
         latents = {m: batch.spread(z_m.float()) for m, z_m in given.items()}
         batch_labels = None if labels is None else batch.spread(labels)
         for level in result:
@@ -77,7 +78,7 @@ def sample_cascade(
 
 
 @dataclass(frozen=True)
-class _MicroBatch:
+class MicroBatch:
     """Images that are sampled together; rows without a requested image hold zeros.
 
     places: where the images stand in the request. images: their indices. size: rows.
@@ -132,12 +133,12 @@ class _MicroBatch:
         return full.to(self.device, non_blocking=on_gpu)
 
 
-def _micro_batches(indices: Sequence[int], size: int, device: torch.device) -> list[_MicroBatch]:
-    """One batch for each run of `size` image indices that is touched."""
+def micro_batches(indices: Sequence[int], size: int, device: torch.device) -> list[MicroBatch]:
+    """One batch for each run of `size` image indices that is touched: what belongs together wherever it is computed."""
     runs: dict[int, list[int]] = {}
     for place, i in enumerate(indices):
         runs.setdefault(i // size, []).append(place)
-    return [_MicroBatch(places, [indices[place] for place in places], size, device) for places in runs.values()]
+    return [MicroBatch(places, [indices[place] for place in places], size, device) for places in runs.values()]
 
 
 class _LevelSampler:
@@ -153,7 +154,7 @@ class _LevelSampler:
             self.schedule, sampling.num_evaluations, sampling.spacing, to_zero=sampling.sampler != "dpm_solver"
         )
 
-    def sample(self, level: int, latents: Mapping[int, Tensor], labels: Tensor | None, batch: _MicroBatch) -> Tensor:
+    def sample(self, level: int, latents: Mapping[int, Tensor], labels: Tensor | None, batch: MicroBatch) -> Tensor:
         model = self._model(level, batch)
         conditions = self._conditions(level, latents, batch)
 
@@ -172,21 +173,34 @@ class _LevelSampler:
             case "ddpm":
                 return sample_ddpm(z_hat, noise(), self.times, self.schedule, noise)
 
-    def _noise(self, level: int, m: int, batch: _MicroBatch) -> Callable[[], Tensor]:
+    def _noise(self, level: int, m: int, batch: MicroBatch) -> Callable[[], Tensor]:
         """The next standard normal numbers in the shape of z_m, of the images' streams while `level` is sampled."""
         top, shape = self.config.num_levels, self.config.latent_shape(m)
         streams = batch.streams(self.seed, top - level, top - m)
         return lambda: batch.normal(streams, shape)
 
-    def _model(self, level: int, batch: _MicroBatch) -> Callable[..., Tensor]:
-        denoiser, knobs = self.denoisers[level], self.config.level(level)
+    def _model(self, level: int, batch: MicroBatch) -> Callable[..., Tensor]:
+        denoiser, knobs = self._network(level, batch.device), self.config.level(level)
         if not self.null_conditions:
             return guided(denoiser, knobs.guidance, knobs.guidance_interval, self.config.sampling.null_branch)
         drop = torch.ones(batch.size, dtype=torch.bool, device=batch.device)
         return lambda z_t, t, z_above, labels: denoiser(z_t, t, z_above, labels, drop)
 
+    def _network(self, level: int, device: torch.device) -> Callable[..., Tensor]:
+        """The denoiser in the arithmetic of `sampling.precision`; what it says comes back as the latent came."""
+        denoiser = self.denoisers[level]
+        if self.config.sampling.precision == "float32":
+            return denoiser
+
+        def network(z_t: Tensor, *arguments: object) -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16):
+                output = denoiser(z_t, *arguments)
+            return output.to(z_t.dtype)
+
+        return network
+
     def _conditions(
-        self, level: int, latents: Mapping[int, Tensor], batch: _MicroBatch
+        self, level: int, latents: Mapping[int, Tensor], batch: MicroBatch
     ) -> Callable[[Tensor], dict[int, Tensor]]:
         """The noised conditions of one model call, by time (arXiv 2412.05984):
 

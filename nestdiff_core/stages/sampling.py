@@ -2,39 +2,121 @@
 
 from __future__ import annotations
 
-from safetensors.torch import save_file
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
 
 from nestdiff_core import loading
-from nestdiff_core.artifacts import Artifact
-from nestdiff_core.encoders import (
-    load_encoder,
-)
+from nestdiff_core.artifacts import Artifact, ArtifactWriter
+from nestdiff_core.encoders import load_encoder
+from nestdiff_core.errors import IntegrityError
 from nestdiff_core.evaluation.card import SampleOrigin
 from nestdiff_core.evaluation.report import evaluate
-from nestdiff_core.evaluation.samples import load_samples, save_samples
+from nestdiff_core.evaluation.samples import Blocks, StoredSamples, save_samples, write_npz, write_safetensors
 from nestdiff_core.experiment import Experiment, Ref
-from nestdiff_core.files import write_json
+from nestdiff_core.files import PARTS, write_json
 from nestdiff_core.progress import Progress, silent
+from nestdiff_core.sampling.parts import Part, holds, in_parts, make_parts, rank, together
 from nestdiff_core.stages.common import logger, reuse
+
+SHARDS = "shards"  # of a sample set that is not whole yet
+WHOLE = "whole"  # the part that the finished files are
+IMAGES, BARE = "images", "without_conditions"
+_LEAST_PART = 50  # images
 
 
 def samples(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -> Artifact:
-    """Sample the cascade: samples.npz, the latents of the levels above, and what level 1 makes without conditions."""
+    """Sample the cascade: samples.npz, the latents of the levels above, and what level 1 makes without conditions.
+
+    Runs in each process of a torchrun group. Images are made and committed in parts, of which the files are put
+    together at the end: one part is in memory, and a stopped run goes on where it was.
+    """
     ref, config = Ref("samples"), x.config.sampling
     if (made := reuse(x, ref)) is not None:
         return made
-    indices = range(config.num_images)
-    with x.writing(ref) as writer:
-        z = loading.generate(x, indices, seed=config.seed, device=device, progress=progress)
-        pictures = loading.decode(x, z[1], device=device)
-        save_samples(writer.path / "samples.npz", pictures)
+    size = config.batch_size * -(-_LEAST_PART // config.batch_size)
+    parts = in_parts(config.num_images, size)
+    # Parts stay on this machine, whatever object storage there is: they are gone once the set is whole.
+    shards = ArtifactWriter(x.path(ref), x.header(ref))
+    with ExitStack() as stack:
+        writer = stack.enter_context(x.writing(ref, keep_parts=True)) if rank() == 0 else None
+        together()
+        if shards.part(WHOLE) is None:
+            make_parts(shards, parts, _maker(x, shards.path / SHARDS, device), progress=progress)
+            if writer is not None:
+                _join(x, shards, parts)
+        if writer is not None:
+            whole = shards.part(WHOLE)
+            assert whole is not None
+            for part in parts:
+                (shards.path / PARTS / f"{part.name}.json").unlink(missing_ok=True)
+            if (shards.path / SHARDS).is_dir():
+                shutil.rmtree(shards.path / SHARDS)
+            writer.seal(images=config.num_images, minimum=whole["minimum"], maximum=whole["maximum"])
+    together()
+    return x.artifact(ref)
+
+
+def _maker(x: Experiment, folder: Path, device: str) -> Callable[[Part, Callable[[int], None]], list[Path]]:
+    """What a part holds: images, the latents above level 1, and images without conditions."""
+    opened: list[loading.Cascade] = []
+    seed = x.config.sampling.seed
+
+    def make(part: Part, report: Callable[[int], None]) -> list[Path]:
+        cascade = opened[0] if opened else loading.Cascade(x, device=device)
+        opened[:] = [cascade]
+        z = cascade.latents(part.indices, seed=seed)
+        arrays = {IMAGES: cascade.images(part.indices, z[1])}
+        arrays |= {f"z_{m}": z_m.half().numpy() for m, z_m in z.items() if m > 1}
         if x.config.num_levels > 1:
-            save_file(
-                {f"z_{m}": z[m].half().cpu().contiguous() for m in z if m > 1}, writer.path / "latents.safetensors"
+            arrays[BARE] = cascade.images(part.indices, cascade.without_conditions(part.indices, seed=seed))
+        write_npz(folder / f"{part.name}.npz", arrays)
+        return [folder / f"{part.name}.npz"]
+
+    return make
+
+
+def _join(x: Experiment, shards: ArtifactWriter, parts: list[Part]) -> None:
+    """The finished files from the parts, one part in memory at a time."""
+    path, count, extremes = shards.path, x.config.sampling.num_images, [255, 0]
+    for part in parts:
+        if not holds(shards, part):
+            raise IntegrityError(
+                "A part of the sample set has changed since it was made",
+                path=path / SHARDS / f"{part.name}.npz",
+                fix="Run the same command again: only this part is made anew.",
             )
-            bare = loading.generate_without_conditions(x, indices, seed=config.seed, device=device, progress=progress)
-            save_samples(writer.path / "without_conditions.npz", loading.decode(x, bare, device=device))
-        return writer.seal(images=len(pictures), minimum=int(pictures.min()), maximum=int(pictures.max()))
+
+    def blocks(name: str) -> Iterator[np.ndarray]:
+        for part in parts:
+            with np.load(path / SHARDS / f"{part.name}.npz", allow_pickle=False) as arrays:
+                yield arrays[name]
+
+    def pictures(name: str) -> Blocks:
+        side, channels = x.config.images.resolution, x.config.images.channels
+        return Blocks((count, side, side, channels), np.dtype(np.uint8), blocks(name))
+
+    def watched(images: Blocks) -> Blocks:
+        def look() -> Iterator[np.ndarray]:
+            for block in images.blocks:
+                extremes[:] = min(extremes[0], int(block.min())), max(extremes[1], int(block.max()))
+                yield block
+
+        return images._replace(blocks=look())
+
+    save_samples(path / "samples.npz", watched(pictures(IMAGES)))
+    files = [path / "samples.npz"]
+    if x.config.num_levels > 1:
+        above = range(2, x.config.num_levels + 1)
+        half = np.dtype(np.float16)
+        latents = {f"z_{m}": Blocks((count, *x.config.latent_shape(m)), half, blocks(f"z_{m}")) for m in above}
+        write_safetensors(path / "latents.safetensors", latents)
+        save_samples(path / f"{BARE}.npz", pictures(BARE))
+        files += [path / "latents.safetensors", path / f"{BARE}.npz"]
+    shards.commit_part(WHOLE, files, minimum=extremes[0], maximum=extremes[1])
 
 
 def evaluation(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -> Artifact:
@@ -45,7 +127,7 @@ def evaluation(x: Experiment, *, device: str = "cpu", progress: Progress = silen
     index, sampled = loading.open_index(x), x.artifact(Ref("samples"))
     splits = ("train", "held_out") if x.config.evaluation.reference == "train" else ("held_out", "train")
     reference, held_out = (loading.SplitImages(index, split) for split in splits)
-    bare = sampled.path / "without_conditions.npz"
+    bare = sampled.path / f"{BARE}.npz"
     checkpoints = {level.level: x.artifact(Ref("denoiser", level.level)).digest for level in x.config.levels}
     label_sampling = {
         "none": "none",
@@ -54,13 +136,13 @@ def evaluation(x: Experiment, *, device: str = "cpu", progress: Progress = silen
     }[x.config.conditioning.labels]
     with x.writing(ref) as writer:
         record = evaluate(
-            load_samples(sampled.path / "samples.npz", num_images=x.config.sampling.num_images),
+            StoredSamples(sampled.path / "samples.npz", num_images=x.config.sampling.num_images),
             reference,
             held_out,
             x.config.evaluation,
             origin=SampleOrigin.of(x.config, checkpoints, label_sampling=label_sampling),
             encoder=load_encoder(x.artifact(Ref("encoder")), device=device),
-            others={"without_conditions": load_samples(bare)} if bare.is_file() else {},
+            others={BARE: StoredSamples(bare)} if bare.is_file() else {},
             reference_labels=index.labels[reference.rows] if index.num_classes else None,
             held_out_labels=index.labels[held_out.rows] if index.num_classes else None,
             device=device,

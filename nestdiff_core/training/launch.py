@@ -81,10 +81,18 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def report_exit(code: int) -> None:
-    """Leave the exit code for the parent (called by the worker of rank 0)."""
+def report_exit(code: int, said: str | None = None) -> None:
+    """Leave the exit code for the parent (called by the worker of rank 0, or by one that cannot go on).
+
+    said: what the parent says as its last words, behind those of torchrun.
+    """
     if path := os.environ.get(EXIT_FILE):
-        Path(path).write_text(json.dumps({"code": code}))
+        Path(path).write_text(json.dumps({"code": code, "said": said}))
+
+
+def has_reported() -> bool:
+    """Whether some worker has left an exit code."""
+    return EXIT_FILE in os.environ and Path(os.environ[EXIT_FILE]).is_file()
 
 
 def run_torchrun(command: Sequence[str], *, num_processes: int) -> int:
@@ -132,7 +140,10 @@ def run_torchrun(command: Sequence[str], *, num_processes: int) -> int:
             for number, handler in before.items():
                 signal.signal(number, handler)
         if exit_file.is_file():
-            return int(json.loads(exit_file.read_text())["code"])
+            report = json.loads(exit_file.read_text())
+            if report.get("said"):
+                print(report["said"], file=sys.stderr, flush=True)
+            return int(report["code"])
         return 1 if status else 0
 
 

@@ -1,0 +1,111 @@
+"""Images in parts: who makes which, what is there already, and how far all processes are together.
+
+A part is a run of whole micro-batches and is made by one process: an image is decided by seed and index, and computed
+in the same batch whoever computes it, so parts have the same bytes from any number of processes. Each is committed by
+itself (artifacts.py). Part k goes to process k mod their number whatever is there already, so processes need not agree
+on what is missing; they meet only at the beginning and the end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from nestdiff_core.artifacts import ArtifactWriter
+from nestdiff_core.files import PARTS
+from nestdiff_core.progress import Progress, silent
+
+
+class Part(NamedTuple):
+    """Images `first` to `first + num_images`, of which `size` would be a full part."""
+
+    number: int
+    num_images: int
+    size: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.number:05d}"
+
+    @property
+    def first(self) -> int:
+        return self.number * self.size
+
+    @property
+    def indices(self) -> range:
+        return range(self.first, self.first + self.num_images)
+
+
+def in_parts(num_images: int, size: int, *, first: int = 0) -> list[Part]:
+    """The parts that hold images `first` to `first + num_images`; first is a multiple of `size`."""
+    numbers = range(first // size, -(-(first + num_images) // size))
+    return [Part(k, min(size, first + num_images - k * size), size) for k in numbers]
+
+
+def rank() -> int:
+    """Of this process in its torchrun group; 0 without one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def together() -> None:
+    """Wait until every process of the group is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def make_parts(
+    writer: ArtifactWriter,
+    parts: Sequence[Part],
+    make: Callable[[Part, Callable[[int], None]], list[Path]],
+    *,
+    progress: Progress = silent,
+) -> None:
+    """Make and commit those of `parts` that are not there or not whole; runs in each process of a group, and returns
+    when all parts of all processes are there.
+
+    make: writes the files of a part and returns them; it may say meanwhile how many images of it are done. progress:
+    of all processes together, in images, with the rate since this call.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    tally = _Tally(writer, parts, progress)
+    for part in parts[rank() :: world_size]:
+        if not holds(writer, part):
+            files = make(part, tally)
+            writer.commit_part(part.name, files, first=part.first, images=part.num_images)
+        tally(0)
+    together()
+    tally(0)
+
+
+def holds(writer: ArtifactWriter, part: Part) -> bool:
+    """Whether a whole part of this number is there, with as many images at least."""
+    record = writer.part(part.name)
+    return record is not None and record["images"] >= part.num_images
+
+
+class _Tally:
+    """Counts the images of all processes by the parts that they have committed."""
+
+    def __init__(self, writer: ArtifactWriter, parts: Sequence[Part], progress: Progress) -> None:
+        self.folder, self.progress = writer.path / PARTS, progress
+        self.counts = {f"{part.name}.json": part.num_images for part in parts}
+        self.begun, self.before, self.told = time.monotonic(), self._committed(), -1
+
+    def __call__(self, within: int) -> None:
+        """within: images of the part that this process is at."""
+        if self.progress is silent:
+            return
+        done, total = self._committed() + within, sum(self.counts.values())
+        if done == self.told == total:
+            return
+        self.told = done
+        rate = (done - self.before) / max(time.monotonic() - self.begun, 1e-9)
+        self.progress(min(done, total), total, "sampling", images_per_second=max(rate, 0.0))
+
+    def _committed(self) -> int:
+        names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        return sum(count for name, count in self.counts.items() if name in names)
