@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -11,19 +12,26 @@ from dagster_pipes import PipesParams
 RETRIES, RETRY_SECONDS = 2, 10  # of a trainer that was killed
 
 
-class TrainerMessages(dg.PipesTempFileMessageReader):
+class TrainerMessages(dg.PipesMessageReader):
     """Reads what `nestdiff_core.cli.train` writes: log lines go to the run's log, numbers become observations of the
     asset, which the UI plots while the run goes on. For one launch; `refusal` is why the trainer refused, once it has.
     """
 
-    def __init__(self, context: dg.AssetExecutionContext) -> None:
-        super().__init__()
+    def __init__(self, context: dg.AssetExecutionContext, path: Path | None = None) -> None:
+        """path: of the file that messages go through, for a trainer on another machine."""
         self.context, self.refusal = context, None
+        self._reader = dg.PipesTempFileMessageReader() if path is None else dg.PipesFileMessageReader(str(path))
 
     @contextmanager
     def read_messages(self, handler: dg.PipesMessageHandler) -> Iterator[PipesParams]:
-        with super().read_messages(_Live(handler, self)) as parameters:  # pyright: ignore[reportArgumentType]
+        with self._reader.read_messages(_Live(handler, self)) as parameters:  # pyright: ignore[reportArgumentType]
             yield parameters
+
+    def on_launched(self, launched_payload: dg.PipesLaunchedData) -> None:
+        self._reader.on_launched(launched_payload)
+
+    def no_messages_debug_text(self) -> str:
+        return self._reader.no_messages_debug_text()
 
     def receive(self, message: dict[str, Any]) -> None:
         """One message of our own, from the thread that reads them."""

@@ -9,7 +9,7 @@ import signal
 import dagster as dg
 
 from assets import checks, denoisers, encoder, evaluation, features, hierarchy, images, search
-from assets.resources import ArtifactRoot, LocalLauncher
+from assets.resources import ArtifactRoot, Launcher
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.recipes import load_experiment
 from nestdiff_core.training.launch import die_with_parent
@@ -40,7 +40,7 @@ def build_definitions(config: ExperimentConfig) -> dg.Definitions:
         schedules=build_schedules(jobs["evaluate"]),
         sensors=build_sensors(config, jobs["evaluate"], jobs["encode_images"]),
         executor=noted(dg.multi_or_in_process_executor),
-        resources={"artifacts": ArtifactRoot(), "launcher": LocalLauncher()},
+        resources={"artifacts": ArtifactRoot(), "launcher": Launcher()},
     )
 
 

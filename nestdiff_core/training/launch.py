@@ -317,7 +317,12 @@ def _end_orphans(give_up: float) -> None:
 
 def _threads(num_processes: int) -> str:
     """Threads per worker: torchrun would say 1, which leaves the other cores idle."""
-    return os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // num_processes))
+    return os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // num_processes))
+
+
+def _cores() -> int:
+    """Those that this process may use: within a Slurm job or a container fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _ask_to_stop(agent: int) -> None:
