@@ -81,17 +81,17 @@ def run_on_slurm(context: dg.AssetExecutionContext, x: Experiment, ref: Ref, arg
     with refusals():
         folder = x.root / "slurm" / f"{x.config.name}-{ref.stage}-{x.header(ref)['fingerprint']}"
         folder.mkdir(parents=True, exist_ok=True)
-        messages = TrainerMessages(context, folder / f"messages-{context.run.run_id[:8]}.jsonl")
-        session = dg.open_pipes_session(context, dg.PipesEnvContextInjector(), messages)
-        try:
-            with session as pipes:
-                environment = {**_environment(x), **pipes.get_bootstrap_env_vars()}
-                job = Job(folder, arguments, x.config.runtime, environment, several_hosts=ref.stage == "denoiser")
-                job.run(context.log.info, print, poll_seconds=POLL_SECONDS)
-        except EnvironmentFault as error:
-            if messages.refusal is not None:
-                raise messages.failure() from error
-            raise
+        job = Job(folder, arguments, x.config.runtime, several_hosts=ref.stage == "denoiser")
+        with job.lock():
+            messages = TrainerMessages(context, folder / "messages.jsonl")
+            try:
+                with dg.open_pipes_session(context, dg.PipesEnvContextInjector(), messages) as pipes:
+                    environment = {**_environment(x), **pipes.get_bootstrap_env_vars()}
+                    job.run(environment, log=context.log.info, said=print, poll_seconds=POLL_SECONDS)
+            except EnvironmentFault as error:
+                if messages.refusal is not None:
+                    raise messages.failure() from error
+                raise
 
 
 def _environment(x: Experiment) -> dict[str, str]:

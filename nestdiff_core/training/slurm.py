@@ -4,8 +4,8 @@
 
 HOME lies on storage that the cluster's nodes share. One process at a time watches a job (a lock). The job does not end
 with that process: whoever watches next finds it by job.json, and submits another only when it is no more.
-Everything about the site (partition, account, time limit, GPUs) is said in sbatch's own words, `runtime.slurm_options`, or
-in its environment variables (SBATCH_PARTITION, ...).
+Everything about the site (partition, account, time limit, GPUs) is said in sbatch's own words, `runtime.slurm_options`,
+or in its environment variables (SBATCH_PARTITION, ...).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SCRIPT = """#!/bin/bash
 #SBATCH --signal=TERM@{warning}
 {setup}
 {exports}
-export SRUN_CPUS_PER_TASK=${{SLURM_CPUS_PER_TASK:-1}}
+${{SLURM_CPUS_PER_TASK:+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK}}
 {meeting}
 # exec: the shell would die of the signal that lets training save.
 exec srun --kill-on-bad-exit=1 {command}
@@ -70,47 +70,55 @@ class State:
 class Job:
     """What is to be done, and where its job's files are.
 
-    arguments: of `python -m nestdiff_core`, without those about hosts. several_hosts: whether the work can be shared by
-    hosts. environment: variables that it needs beside those that sbatch passes on; no secrets, as they are written down.
+    arguments: of `python -m nestdiff_core`, without those about hosts. several_hosts: whether hosts can share the work.
     """
 
     folder: Path
     arguments: Sequence[str]
     runtime: RuntimeConfig
-    environment: Mapping[str, str]
     several_hosts: bool = True
 
-    def run(self, log: Callable[[str], object], said: Callable[[str], object], *, poll_seconds: float = 5.0) -> None:
-        """Submit the job, or find the one that was submitted before, and wait for its end.
+    def lock(self) -> DirectoryLock:
+        """The right to watch this job, and to read what it leaves; raises LockHeld where another process has it."""
+        return DirectoryLock(self.folder)
 
+    def run(
+        self,
+        environment: Mapping[str, str],
+        *,
+        log: Callable[[str], object],
+        said: Callable[[str], object],
+        poll_seconds: float = 5.0,
+    ) -> None:
+        """Submit the job, or find the one that was submitted before, and wait for its end; to be called under `lock`.
+
+        environment: variables that it needs beside those that sbatch passes on; no secrets, as they are written down.
         log: is told what becomes of the job. said: gets every line that it prints.
 
         A job that its time limit has stopped is submitted again, and resumes; one whose node was lost or that was
-        preempted Slurm starts again itself. An interruption of this process (not its death) cancels the job, and returns
-        when it has saved and ended. Raises LockHeld where another process watches the job; what the job refused with;
-        EnvironmentFault for what Slurm did to it.
+        preempted Slurm starts again itself. An interruption of this process (not its death) cancels the job, and
+        returns when it has saved and ended. Raises EnvironmentFault for a job that did not do its work.
         """
-        with DirectoryLock(self.folder):
-            job, position = self._alive(), 0
-            if job is not None:
-                log(f"Slurm job {job} is doing this already: attached to it.")
-                position = self._log.stat().st_size if self._log.is_file() else 0
-            while True:
-                if job is None:
-                    job, position = self._submit(), 0
-                    log(f"Submitted as Slurm job {job}, which prints to {self._log}.")
-                try:
-                    state, position = self._watch(job, log, said, position, poll_seconds)
-                except NestdiffError:
-                    raise
-                except BaseException:
-                    log(f"Stopping Slurm job {job}.")
-                    self._stop(job, poll_seconds)
-                    raise
-                if not self._goes_on(job, state):
-                    return
-                log(f"Slurm job {job} was stopped by its time limit after {state.seconds} s. It goes on as another.")
-                job = None
+        job, position = self._alive(), 0
+        if job is not None:
+            log(f"Slurm job {job} is doing this already: attached to it.")
+            position = self._log.stat().st_size if self._log.is_file() else 0
+        while True:
+            if job is None:
+                job, position = self._submit(environment), 0
+                log(f"Submitted as Slurm job {job}, which prints to {self._log}.")
+            try:
+                state, position = self._watch(job, log, said, position, poll_seconds)
+            except NestdiffError:
+                raise
+            except BaseException:
+                log(f"Stopping Slurm job {job}.")
+                self._stop(job, poll_seconds)
+                raise
+            if not self._goes_on(job, state):
+                return
+            log(f"Slurm job {job} was stopped by its time limit after {state.seconds} s. It goes on as another.")
+            job = None
 
     @property
     def _log(self) -> Path:
@@ -119,14 +127,14 @@ class Job:
     def _alive(self) -> str | None:
         """Number of the job that was submitted before and has not ended."""
         with contextlib.suppress(IntegrityError):
-            job = read_json(self.folder / "job.json")["job"]
+            job = str(read_json(self.folder / "job.json")["job"])
             state = job_state(job)
             return job if state is not None and not state.ended else None
-        return None
+        return None  # there was none
 
-    def _submit(self) -> str:
+    def _submit(self, environment: Mapping[str, str]) -> str:
         self._log.unlink(missing_ok=True)
-        write_bytes(self.folder / "job.sh", self.script().encode())
+        write_bytes(self.folder / "job.sh", self.script(environment).encode())
         options = shlex.split(self.runtime.slurm_options)
         for option in options:
             if option.lstrip("-").split("=")[0] in OURS or not option.startswith("-"):
@@ -149,7 +157,7 @@ class Job:
         write_json(self.folder / "job.json", {"job": job})
         return job
 
-    def script(self) -> str:
+    def script(self, environment: Mapping[str, str]) -> str:
         """The batch script."""
         runtime, hosts = self.runtime, self.runtime.hosts if self.several_hosts else 1
         command = shlex.join([sys.executable, "-m", "nestdiff_core", *self.arguments])
@@ -159,7 +167,7 @@ class Job:
             log=self._log,
             warning=WARNING_SECONDS,
             setup=runtime.slurm_setup,
-            exports="\n".join(f"export {name}={shlex.quote(value)}" for name, value in self.environment.items()),
+            exports="\n".join(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
             meeting=MEETING if hosts > 1 else "",
             command=command + (RENDEZVOUS.format(hosts=hosts) if hosts > 1 else ""),
         )

@@ -137,3 +137,39 @@ class Host:
 
 def ip(*arguments: str) -> str:
     return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+# --- Slurm --------------------------------------------------------------------------------------------------------
+
+
+class Slurm:
+    """The daemons of a cluster that was set up in `conf`."""
+
+    def __init__(self, conf: Path) -> None:
+        self.conf, self._daemons = conf, {}
+
+    def start(self, name: str, command: list[str]) -> None:
+        with (self.conf.parent / f"{name}.out").open("a") as out:
+            self._daemons[name] = command, subprocess.Popen(command, stdout=out, stderr=out, env=self._environment)
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, "SLURM_CONF": str(self.conf)}
+
+    def ask(self, *command: str) -> str:
+        return subprocess.run(command, env=self._environment, capture_output=True, text=True).stdout.strip()
+
+    def jobs(self) -> dict[str, str]:
+        """State of every job that has not ended, by number."""
+        return dict(line.split() for line in self.ask("squeue", "-h", "-o", "%i %T").splitlines())
+
+    def cancel_all(self) -> None:
+        """End every job at once; returns when the nodes are free."""
+        self.ask("scancel", "--signal=KILL", "--full", "--user=root")
+        self.ask("scancel", "--user=root")
+        wait_for(lambda: not self.jobs(), 60, "the end of every job")
+
+    def stop(self) -> None:
+        for _, daemon in reversed(self._daemons.values()):
+            daemon.kill()
+            daemon.wait()
