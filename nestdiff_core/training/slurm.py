@@ -26,6 +26,7 @@ from nestdiff_core.files import DirectoryLock, read_json, write_bytes, write_jso
 
 OURS = ("nodes", "ntasks", "ntasks-per-node", "output", "error", "array", "wait", "parsable", "wrap")
 WARNING_SECONDS = 90  # before the time limit, in which training saves
+LEAST_SECONDS = 60  # a job that its time limit stops earlier makes no way, and is not submitted again
 STOP_SECONDS = 60.0  # Slurm kills what is left after its KillWait, 30 s by default
 UNREACHABLE_SECONDS = 600.0
 LOST = ("NODE_FAIL", "PREEMPTED", "BOOT_FAIL")
@@ -216,7 +217,7 @@ class Job:
         match state.name:
             case "COMPLETED":
                 return False
-            case "FAILED" if state.code == Interrupted.code and state.seconds > WARNING_SECONDS:
+            case "FAILED" if state.code == Interrupted.code and state.seconds >= LEAST_SECONDS:
                 return True
             case name if name in LOST:
                 raise EnvironmentFault(

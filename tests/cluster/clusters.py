@@ -25,10 +25,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 class Command:
     """A command that is running; what it says goes to a file, as a pipe that nobody reads would stop it."""
 
-    def __init__(self, command: list[str], home: Path) -> None:
+    def __init__(self, command: list[str], home: Path, **environment: str) -> None:
         self._said = home / f"said-{uuid.uuid4().hex[:6]}.txt"
         with self._said.open("w") as said:
-            environment = {**os.environ, "NESTDIFF_HOME": str(home)}
+            environment = {**os.environ, "NESTDIFF_HOME": str(home), **environment}
             self.process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=said, stderr=said)
 
     @property
@@ -78,6 +78,11 @@ class Level:
         """Of its checkpoints."""
         folder = self.x.path(Ref("denoiser", 2)) / "checkpoints"
         return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*"))
+
+    def history(self, step: int) -> list[dict[str, float]]:
+        """The lines of the log up to the checkpoint of `step`."""
+        folder = self.x.path(Ref("denoiser", 2)) / "checkpoints" / f"step_{step:08d}"
+        return json.loads((folder / "state.json").read_text())["history"]
 
     def digest(self) -> str | None:
         """Of the trained denoiser's content."""
@@ -168,6 +173,21 @@ class Slurm:
         self.ask("scancel", "--signal=KILL", "--full", "--user=root")
         self.ask("scancel", "--user=root")
         wait_for(lambda: not self.jobs(), 60, "the end of every job")
+
+    def lose(self, node: str) -> None:
+        """A node goes, with all that runs on it."""
+        self._daemons[node][1].kill()
+        self._daemons[node][1].wait()
+        for folder in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if folder.name.isdigit() and f"SLURMD_NODENAME={node}\0".encode() in (folder / "environ").read_bytes():
+                    parent = Path("/proc") / (folder / "stat").read_text().rpartition(")")[2].split()[1]
+                    if (parent / "comm").read_text().startswith("slurmstepd"):
+                        os.kill(int(parent.name), signal.SIGKILL)
+                    os.kill(int(folder.name), signal.SIGKILL)
+
+    def bring_back(self, node: str) -> None:
+        self.start(node, self._daemons[node][0])
 
     def stop(self) -> None:
         for _, daemon in reversed(self._daemons.values()):

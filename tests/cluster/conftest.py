@@ -21,12 +21,24 @@ from clusters import Host, Level, Slurm, ip, wait_for
 INPUTS = ("images", "encoder", "features", "moments", "svd_basis", "latents")
 
 
-@pytest.fixture
-def level(toy_run: Any, tmp_path: Path) -> Level:
-    root = tmp_path / "home"
+def level_of(toy_run: Any, root: Path) -> Level:
     for stage in INPUTS:
         shutil.copytree(toy_run.root / stage, root / stage)
     return Level(root)
+
+
+@pytest.fixture
+def level(toy_run: Any, tmp_path: Path) -> Level:
+    return level_of(toy_run, tmp_path / "home")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(toy_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Level:
+    """The same, trained by two processes of this machine without any fault."""
+    level = level_of(toy_run, tmp_path_factory.mktemp("undisturbed") / "home")
+    level.start("--processes=2").ends(0)
+    assert level.digest() is not None
+    return level
 
 
 @pytest.fixture
