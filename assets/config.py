@@ -13,6 +13,7 @@ import dagster as dg
 import pydantic
 
 from nestdiff_core.config import ExperimentConfig, RuntimeConfig
+from nestdiff_core.config_io import from_dict
 from nestdiff_core.errors import NestdiffError
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.progress import LogProgress
@@ -95,6 +96,18 @@ def launchpad_config(cls: type, preset: Any) -> type[dg.Config]:
 def runtime_config(config: ExperimentConfig) -> type[dg.Config]:
     """What the launchpad may edit: how the work is run. What decides a result is changed in the experiment."""
     return launchpad_config(RuntimeConfig, config.runtime)
+
+
+def with_runtime(config: ExperimentConfig, runtime: dg.Config) -> ExperimentConfig:
+    """The experiment, done as the launchpad says."""
+    with refusals():
+        plain = runtime.model_dump()
+        return dataclasses.replace(config, runtime=from_dict(RuntimeConfig, plain, where="runtime"))
+
+
+def elsewhere(runtime: RuntimeConfig) -> bool:
+    """Whether samples are made by other processes than the run's own."""
+    return runtime.processes > 1 or runtime.launcher != "local"
 
 
 def log_progress(context: dg.AssetExecutionContext) -> LogProgress:

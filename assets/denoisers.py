@@ -2,9 +2,9 @@
 
 import dagster as dg
 
-from assets.config import POOL, asset_spec, refusals, runtime_config
+from assets.config import POOL, asset_spec, refusals, runtime_config, with_runtime
 from assets.report import picture, result
-from assets.resources import ArtifactRoot, LocalLauncher
+from assets.resources import ArtifactRoot, Launcher
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.experiment import Ref
 from nestdiff_core.files import read_json
@@ -31,16 +31,16 @@ def build(experiment: ExperimentConfig, level: int) -> dg.AssetsDefinition:
 
     @dg.multi_asset(name=f"denoiser_level_{level}", specs=[spec], pool=POOL)
     def denoiser(
-        context: dg.AssetExecutionContext, config: Runtime, artifacts: ArtifactRoot, launcher: LocalLauncher
+        context: dg.AssetExecutionContext, config: Runtime, artifacts: ArtifactRoot, launcher: Launcher
     ) -> dg.MaterializeResult:
         from nestdiff_core.evaluation.figures import loss_curve
         from nestdiff_core.training.report import MEASURED
 
-        x = artifacts.experiment(experiment)
+        x = artifacts.experiment(with_runtime(experiment, config))
         with refusals():
             for needed in x.inputs(ref):
                 x.artifact(needed)
-        launcher.train(context, x, level, device=config.device, processes=config.processes)
+        launcher.train(context, x, level)
         with refusals():
             artifact = x.artifact(ref)
             history = read_json(artifact.path / "history.json")

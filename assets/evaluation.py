@@ -2,9 +2,9 @@
 
 import dagster as dg
 
-from assets.config import POOL, asset_spec, log_progress, refusals, runtime_config
+from assets.config import POOL, asset_spec, elsewhere, log_progress, refusals, runtime_config, with_runtime
 from assets.report import SHOWN, grid, result, table
-from assets.resources import ArtifactRoot, LocalLauncher
+from assets.resources import ArtifactRoot, Launcher
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.experiment import Ref
 
@@ -26,15 +26,15 @@ def build_samples(experiment: ExperimentConfig) -> dg.AssetsDefinition:
 
     @dg.multi_asset(name="samples", specs=[spec], pool=POOL)
     def samples(
-        context: dg.AssetExecutionContext, config: Runtime, artifacts: ArtifactRoot, launcher: LocalLauncher
+        context: dg.AssetExecutionContext, config: Runtime, artifacts: ArtifactRoot, launcher: Launcher
     ) -> dg.MaterializeResult:
         from nestdiff_core import stages
         from nestdiff_core.devices import choose_device
         from nestdiff_core.evaluation.samples import StoredSamples
 
-        x = artifacts.experiment(experiment)
-        if config.processes > 1:
-            launcher.sample(context, x, device=config.device, processes=config.processes)
+        x = artifacts.experiment(with_runtime(experiment, config))
+        if elsewhere(x.config.runtime):
+            launcher.sample(context, x)
         with refusals():  # what the launcher's processes made is only checked
             artifact = stages.samples(x, device=choose_device(config.device), progress=log_progress(context))
             grids = {

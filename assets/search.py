@@ -2,9 +2,9 @@
 
 import dagster as dg
 
-from assets.config import POOL, asset_key, log_progress, refusals, runtime_config
+from assets.config import POOL, asset_key, elsewhere, log_progress, refusals, runtime_config, with_runtime
 from assets.report import SHOWN, grid, result, table
-from assets.resources import ArtifactRoot, LocalLauncher
+from assets.resources import ArtifactRoot, Launcher
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.search import candidate, levels_to_train, search_table
@@ -60,18 +60,18 @@ def _candidate(experiment: ExperimentConfig, sigma: float) -> dg.AssetsDefinitio
 
     @dg.multi_asset(name=key.path[-1], specs=[spec], pool=POOL)
     def train_and_evaluate(
-        context: dg.AssetExecutionContext, config: Runtime, artifacts: ArtifactRoot, launcher: LocalLauncher
+        context: dg.AssetExecutionContext, config: Runtime, artifacts: ArtifactRoot, launcher: Launcher
     ) -> dg.MaterializeResult:
         from nestdiff_core import stages
         from nestdiff_core.devices import choose_device
         from nestdiff_core.evaluation.samples import StoredSamples
 
-        x = artifacts.experiment(variant)
+        x = artifacts.experiment(with_runtime(variant, config))
         for level in reversed(variant.levels):
             if x.find(Ref("denoiser", level.level)) is None:
-                launcher.train(context, x, level.level, device=config.device, processes=config.processes)
-        if config.processes > 1:
-            launcher.sample(context, x, device=config.device, processes=config.processes)
+                launcher.train(context, x, level.level)
+        if elsewhere(x.config.runtime):
+            launcher.sample(context, x)
         with refusals():
             device, progress = choose_device(config.device), log_progress(context)
             samples = stages.samples(x, device=device, progress=progress)

@@ -554,10 +554,29 @@ class RuntimeConfig:
     """How work is run. Nothing here changes a result or enters a fingerprint; the launchpad may edit it."""
 
     device: str = knob("auto", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
-    processes: int = knob(1, "Processes that train a level or sample, one per GPU (torchrun).")
+    processes: int = knob(1, "Processes on each host that train a level or sample, one per GPU (torchrun).")
+    hosts: int = knob(1, "Machines that train a level together (docs/clusters.md).")
+    launcher: Literal["local", "slurm"] = knob(
+        "local", "Where training is started. local: on this machine; slurm: as a job of a Slurm cluster."
+    )
+    slurm_options: str = knob(
+        "", "Options of sbatch, such as: --partition=gpu --account=mine --time=24:00:00 --gpus-per-node=4"
+    )
+    slurm_setup: str = knob("", "Shell lines that a Slurm job begins with, such as: module load cuda")
+    restarts: int = knob(
+        3, "How often several processes are started again from their last checkpoint after one has died."
+    )
+    hang_seconds: float = knob(
+        600.0, "A process that waits longer for another takes it for hung; all are then started again."
+    )
+    join_seconds: float = knob(600.0, "How long hosts wait for one another: at the start, and for one that was lost.")
 
     def __post_init__(self) -> None:
-        _require(self.processes >= 1, "runtime.processes", ">= 1", self.processes)
+        for name in ("processes", "hosts"):
+            _require(getattr(self, name) >= 1, f"runtime.{name}", ">= 1", getattr(self, name))
+        _require(self.restarts >= 0, "runtime.restarts", ">= 0", self.restarts)
+        for name in ("hang_seconds", "join_seconds"):
+            _require(getattr(self, name) > 0, f"runtime.{name}", "> 0", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ class NestdiffError(Exception):
     """
 
     code: ClassVar[int] = 1
+    shared = False  # whether every process of a group raises it
 
     def __init__(
         self,
@@ -117,3 +118,10 @@ class Interrupted(NestdiffError):
     """Stopped by a signal after saving; the same command resumes."""
 
     code = 75
+
+
+def from_record(record: dict[str, Any]) -> NestdiffError:
+    """The error that `to_json` wrote."""
+    kinds = {kind.code: kind for kind in (ConfigError, InputError, IntegrityError, EnvironmentFault, NumericsError)}
+    said = {key: record[key] for key in ("fix", "stage", "level", "path", "key", "expected", "found")}
+    return {**kinds, Interrupted.code: Interrupted}.get(record["code"], NestdiffError)(record["error"], **said)

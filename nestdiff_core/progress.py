@@ -3,7 +3,7 @@
     progress(done, total, what, **numbers)        # progress(300, 1500, "level 2", loss=0.41)
 
 Core functions take `progress: Progress | None = None` and call it as often as they like; a listener decides
-how often to show it. A terminal gets a tqdm bar, a Dagster run a line in its log now and then.
+how often to show it. A terminal gets a tqdm bar, a Dagster run a line in its log and a point of its plots now and then.
 """
 
 from __future__ import annotations
@@ -75,3 +75,31 @@ class LogProgress:
         self._shown = now
         figures = "".join(f", {name} {value:.4g}" for name, value in self._numbers.items())
         self.log(f"{what}: {done:,} of {total:,}{figures}")
+
+
+class NumbersProgress:
+    """The step and what was measured at it to `tell`: first, last, and at most every `interval_seconds` between; later
+    in a long work less often, every `share` of its time, so that a week gives some hundred points more than an hour.
+    """
+
+    def __init__(
+        self, tell: Callable[[dict[str, float]], object], interval_seconds: float = 5.0, share: float = 0.01
+    ) -> None:
+        self.tell, self.interval_seconds, self.share = tell, interval_seconds, share
+        self._began, self._next = time.monotonic(), 0.0
+
+    def __call__(self, done: int, total: int, what: str, **numbers: float) -> None:
+        seconds = time.monotonic() - self._began
+        if numbers and (done >= total or seconds >= self._next):
+            self._next = seconds + max(self.interval_seconds, self.share * seconds)
+            self.tell({"step": done, **numbers})
+
+
+def all_of(*listeners: Progress) -> Progress:
+    """A listener that tells each of these."""
+
+    def progress(done: int, total: int, what: str, **numbers: float) -> None:
+        for listener in listeners:
+            listener(done, total, what, **numbers)
+
+    return progress

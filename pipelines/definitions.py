@@ -3,13 +3,18 @@
 NESTDIFF_EXPERIMENT names the experiment (a recipe, or the path of a YAML file); `digits` without it.
 """
 
+import multiprocessing
+import signal
+
 import dagster as dg
 
 from assets import checks, denoisers, encoder, evaluation, features, hierarchy, images, search
-from assets.resources import ArtifactRoot, LocalLauncher
+from assets.resources import ArtifactRoot, Launcher
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.recipes import load_experiment
+from nestdiff_core.training.launch import die_with_parent
 from pipelines.jobs import build_jobs
+from pipelines.recover import noted
 from pipelines.schedules import build_schedules
 from pipelines.sensors import build_sensors
 
@@ -34,8 +39,14 @@ def build_definitions(config: ExperimentConfig) -> dg.Definitions:
         jobs=list(jobs.values()),
         schedules=build_schedules(jobs["evaluate"]),
         sensors=build_sensors(config, jobs["evaluate"], jobs["encode_images"]),
-        resources={"artifacts": ArtifactRoot(), "launcher": LocalLauncher()},
+        executor=noted(dg.multi_or_in_process_executor),
+        resources={"artifacts": ArtifactRoot(), "launcher": Launcher()},
     )
 
+
+if multiprocessing.parent_process() is not None:
+    # A run, or a step of one, in a process of its own: without the code server (or the run) that started it nobody
+    # could stop it any more. It is interrupted as by the UI: a trainer saves, and the run is marked.
+    die_with_parent(signal.SIGINT)
 
 defs = build_definitions(load_experiment())

@@ -7,6 +7,7 @@ from assets.config import asset_key
 from assets.search import needed_denoisers, search_keys
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.experiment import Experiment, Ref
+from pipelines.recover import noted
 
 ENCODE = ("images", "encoder", "features", "crops", "text")
 BUILD = (*ENCODE, "svd_basis", "latents")
@@ -27,7 +28,7 @@ def build_jobs(config: ExperimentConfig) -> dict[str, UnresolvedAssetJobDefiniti
             name,
             dg.AssetSelection.assets(*selected),
             description=description,
-            executor_def=dg.in_process_executor,
+            executor_def=noted(dg.in_process_executor),
         )
 
     build = [key for stage in BUILD for key in keys(stage)]

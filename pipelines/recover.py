@@ -1,66 +1,132 @@
-"""Ends runs whose process has died, and frees their pool slots: `python -m pipelines.recover`.
+"""Ends runs whose process has died, and frees their pool slots.
 
 Dagster's default launcher cannot tell that a killed run is dead: it stays STARTED and keeps its slot of the `gpu`
-pool, for which the next run would wait without end. Run this on the machine that ran them; `make quickstart` and
-`make dev` do.
+pool, for which the next run would wait without end. Every run therefore says which process executes it (`noted`, a tag
+of the run), and first ends those of this machine that have died; the sensor `dead_runs` looks too, and
+`python -m pipelines.recover` does it by hand. Runs of other machines and of other projects are left alone.
 """
 
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
 
+PROCESS = "nestdiff/process"  # tag of a run: who executes it
 UNFINISHED = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 
 
-def run_process(instance: dg.DagsterInstance, run_id: str) -> tuple[int, float] | None:
-    """The process that executes a run's steps, and when it said so (seconds since 1970); None before it has."""
-    found = None
-    for entry in instance.all_logs(run_id, of_type=dg.DagsterEventType.ENGINE_EVENT):
-        event = entry.dagster_event
-        if event is not None and (pid := event.engine_event_data.metadata.get("pid")) is not None:
-            found = int(str(pid.value)), entry.timestamp
-    return found
+def recover(instance: dg.DagsterInstance) -> list[str]:
+    """Mark dead runs as failed and free the slots that they and ended runs have left taken; returns the runs' ids."""
+    ended = []
+    for run in instance.get_runs(dg.RunsFilter(statuses=UNFINISHED)):
+        if not is_dead(run):
+            continue
+        now = instance.get_run_by_id(run.run_id)
+        if now is None or now.is_finished:  # it ended by itself while we looked
+            continue
+        instance.report_run_failed(
+            now, f"The process of this run ({run.tags[PROCESS]}) has died. Run it again: finished work is kept."
+        )
+        ended.append(run.run_id)
+    storage = instance.event_log_storage
+    for run_id in storage.get_concurrency_run_ids() if storage.supports_global_concurrency_limits else ():
+        run = instance.get_run_by_id(run_id)
+        if run is None or (run.is_finished and is_dead(run)):
+            storage.free_concurrency_slots_for_run(run_id)
+    return ended
 
 
-def is_alive(pid: int, at: float) -> bool:
-    """Whether the process that had the number `pid` at a time still lives; the number may be another's since."""
+def is_dead(run: dg.DagsterRun) -> bool:
+    """Whether the process of a run is known to have ended; False where it cannot be known from here."""
+    machine, _, process = run.tags.get(PROCESS, "").partition(" pid ")
+    here = this_machine()
+    if not process or machine.split()[0] != here.split()[0]:
+        return False
+    if machine.split()[1] != here.split()[1]:
+        return True  # the machine has been started again since
+    if machine != here:
+        return False  # in another container
+    pid, _, began = process.partition(" ")
+    return _began(int(pid)) != began
+
+
+def this_machine() -> str:
+    """Its name, which start of it this is, and, in a container, whose process numbers these are."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    numbers = Path("/proc/self/ns/pid")
+    return " ".join(
+        [
+            socket.gethostname(),
+            boot.read_text().strip()[:8] if boot.exists() else "-",
+            os.readlink(numbers) if numbers.is_symlink() else "-",
+        ]
+    )
+
+
+def this_process() -> str:
+    """This process as no other is called: a number is given again, a number and a time since the start are not."""
+    return f"{this_machine()} pid {os.getpid()} {_began(os.getpid())}"
+
+
+def _began(pid: int) -> str:
+    """When a process began, in ticks since the machine did; empty where it is not. No clock that may jump is read."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "" if Path("/proc/self/stat").exists() or not _exists(pid) else "-"
+    return "" if state in "ZX" else rest[18]
+
+
+def _exists(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    began = _began(pid)
-    return began is None or began <= at + 2.0  # the kernel's clock and ours differ by up to a second
+    return True
 
 
-def _began(pid: int) -> float | None:
-    """When a process began (seconds since 1970), to a hundredth; None where there is no /proc."""
-    try:
-        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-        booted = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
-    except (OSError, StopIteration):
-        return None
-    return int(booted.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
+# --- executors ----------------------------------------------------------------------------------------------------
 
 
-def recover(instance: dg.DagsterInstance) -> list[str]:
-    """Mark dead runs as failed and free their slots; returns their ids."""
-    dead = []
-    for run in instance.get_runs(dg.RunsFilter(statuses=UNFINISHED)):
-        process = run_process(instance, run.run_id)
-        if process is None or is_alive(*process):
-            continue
-        instance.report_run_failed(
-            run, f"The process of this run ({process[0]}) has died. Run it again: finished work is kept."
-        )
-        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-        dead.append(run.run_id)
-    return dead
+class _Noted(dg.Executor):
+    """Runs begin with `recover`, and say who executes them."""
+
+    def __init__(self, executor: dg.Executor) -> None:
+        self._executor = executor
+
+    @property
+    def retries(self):
+        return self._executor.retries
+
+    @property
+    def step_dependency_config(self):
+        return self._executor.step_dependency_config
+
+    def execute(self, plan_context, execution_plan) -> Iterator[dg.DagsterEvent]:
+        for run_id in recover(plan_context.instance):
+            plan_context.log.info(f"Run {run_id} had died: it is marked as failed, and its pool slot is free.")
+        plan_context.instance.add_run_tags(plan_context.run_id, {PROCESS: this_process()})
+        yield from self._executor.execute(plan_context, execution_plan)
+
+
+def noted(definition: dg.ExecutorDefinition) -> dg.ExecutorDefinition:
+    """The same executor for runs that can be told to have died."""
+    create = definition.executor_creation_fn
+    assert create is not None
+    return dg.ExecutorDefinition(
+        name=definition.name,
+        config_schema=definition.config_schema,  # pyright: ignore[reportArgumentType]
+        requirements=definition.get_requirements,
+        executor_creation_fn=lambda context: _Noted(create(context)),
+        description=definition.description,
+    )
 
 
 if __name__ == "__main__":
     with dg.DagsterInstance.get() as dagster_instance:
-        for ended in recover(dagster_instance):
-            print(f"Run {ended} had died; it is marked as failed and its pool slot is free.")
+        for dead in recover(dagster_instance):
+            print(f"Run {dead} had died; it is marked as failed and its pool slot is free.")

@@ -1,4 +1,4 @@
-"""Work when there is something new: weights to evaluate, images to encode."""
+"""Work when there is something new: weights to evaluate, images to encode; and an end to runs that have died."""
 
 import hashlib
 
@@ -9,6 +9,7 @@ from dagster._core.definitions.unresolved_asset_job_definition import Unresolved
 from assets.config import asset_key
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.experiment import Experiment, Ref
+from pipelines.recover import recover
 
 WEIGHTS = "nestdiff/weights"  # tag of a run: the denoisers that it evaluates
 ATTEMPTS = 3
@@ -24,7 +25,21 @@ def build_sensors(
     config: ExperimentConfig, evaluate: UnresolvedAssetJobDefinition, encode: UnresolvedAssetJobDefinition
 ) -> list[dg.SensorDefinition]:
     """evaluate, encode: the jobs that new weights and new images ask for."""
-    return [_new_denoiser_evaluation(config, evaluate), _new_images(config, encode)]
+    return [_new_denoiser_evaluation(config, evaluate), _new_images(config, encode), _dead_runs()]
+
+
+def _dead_runs() -> dg.SensorDefinition:
+    @dg.sensor(
+        name="dead_runs",
+        minimum_interval_seconds=30,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Marks runs whose process has died as failed and frees their pool slots. On from the start.",
+    )
+    def dead_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
+        ended = recover(context.instance)
+        return dg.SkipReason(f"Marked as failed: {', '.join(ended)}" if ended else "Every run's process lives")
+
+    return dead_runs
 
 
 def _new_images(config: ExperimentConfig, encode: UnresolvedAssetJobDefinition) -> dg.SensorDefinition:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
+from datetime import timedelta
 
 import yaml
 
 from nestdiff_core.cli.workers import reporting
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.config_io import to_dict
-from nestdiff_core.errors import ConfigError, Interrupted, NestdiffError
+from nestdiff_core.errors import ConfigError, Interrupted, NestdiffError, NumericsError
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.recipes import load_experiment
 from nestdiff_core.training import launch
@@ -29,7 +29,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--level", type=int, required=True, metavar="N", help="1 is the image, the largest number the top"
     )
     parser.add_argument(
-        "--processes", type=int, metavar="N", help="worker processes, one per GPU (default: the experiment's)"
+        "--processes",
+        type=int,
+        metavar="N",
+        help="worker processes on each host, one per GPU (default: the experiment's)",
+    )
+    parser.add_argument(
+        "--hosts",
+        type=int,
+        metavar="N",
+        help="machines that train together: run the same command on each (default: the experiment's)",
+    )
+    parser.add_argument(
+        "--rendezvous",
+        metavar="HOST:PORT",
+        help="where several hosts meet: an address of one of them, and a port that is free there",
     )
     parser.add_argument("--until-step", type=int, metavar="STEP", help="save and stop at this step; resume later")
     parser.add_argument("--dry-run", action="store_true", help="say what would be trained, how long, in what memory")
@@ -41,13 +55,14 @@ def run(arguments: argparse.Namespace) -> int:
     config.level(arguments.level)
     device = arguments.device or config.runtime.device
     processes = config.runtime.processes if arguments.processes is None else arguments.processes
-    for name, value in (("--processes", processes), ("--until-step", arguments.until_step)):
+    hosts = config.runtime.hosts if arguments.hosts is None else arguments.hosts
+    for name, value in (("--processes", processes), ("--hosts", hosts), ("--until-step", arguments.until_step)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} cannot be used", key=name, expected=">= 1", found=value, fix="Change it.")
     if arguments.dry_run:
-        return _dry_run(config, arguments.level, device, processes)
+        return _dry_run(config, arguments.level, device, processes * hosts)
     if launch.DIE_WITH_PARENT in os.environ:
-        launch.die_with_parent()
+        launch.end_with_parent()
     if launch.under_torchrun():
         return _work(Experiment(config), arguments)
     for ref in Experiment(config).inputs(Ref("denoiser", arguments.level)):
@@ -60,7 +75,25 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     if arguments.until_step is not None:
         command.append(f"--until-step={arguments.until_step}")
-    return launch.run_torchrun(command, num_processes=processes)
+    restarts = config.runtime.restarts if processes * hosts > 1 else 0  # one alone is started again by who waits for it
+    return launch.run_torchrun(
+        command, num_processes=processes, hosts=_hosts(config, arguments, hosts), restarts=restarts
+    )
+
+
+def _hosts(config: ExperimentConfig, arguments: argparse.Namespace, count: int) -> launch.Hosts | None:
+    if count == 1:
+        return None
+    if not arguments.rendezvous:
+        raise ConfigError(
+            "Several hosts need a place to meet",
+            key="--rendezvous",
+            expected="HOST:PORT, the same on every host",
+            fix="Give an address of one of the hosts and a free port, and run the same command on each (or let "
+            "runtime.launcher: slurm do that).",
+        )
+    name = f"{config.name}-level-{arguments.level}"
+    return launch.Hosts(count, arguments.rendezvous, name, join_seconds=config.runtime.join_seconds)
 
 
 def _dry_run(config: ExperimentConfig, level: int, device: str, processes: int) -> int:
@@ -86,23 +119,26 @@ def _dry_run(config: ExperimentConfig, level: int, device: str, processes: int) 
 
 
 def _work(experiment: Experiment, arguments: argparse.Namespace) -> int:
-    """One worker. Rank 0 reports the exit code; a refusal that all workers share ends without torchrun's noise."""
+    """One worker. A refusal that all workers share ends without torchrun's noise; after one that is this worker's
+    alone torchrun starts them all again, as others may wait for it, and all then end with it."""
     from nestdiff_core import stages
     from nestdiff_core.devices import choose_device, process_group
+    from nestdiff_core.training import group
 
     rank, alone = int(os.environ["RANK"]), os.environ["WORLD_SIZE"] == "1"
+    hang = timedelta(seconds=experiment.config.runtime.hang_seconds)
     try:
         device = choose_device(arguments.device)
-        with process_group(device), reporting(rank) as progress:
+        with process_group(device, patience=hang), reporting(rank) as progress:
+            group.begin()
             stages.train(experiment, arguments.level, device=device, progress=progress, until_step=arguments.until_step)
-        code = 0
     except NestdiffError as error:
-        code = error.code
-        if rank == 0:
-            print(error, error.to_json(), sep="\n", file=sys.stderr, flush=True)
-        if not (alone or isinstance(error, Interrupted)):
-            launch.report_exit(code)
-            raise SystemExit(code) from None  # the others may wait for this worker: torchrun has to end them
-    if rank == 0:
-        launch.report_exit(code)
+        shared = alone or error.shared or isinstance(error, (Interrupted, NumericsError))
+        if group.first_here() or not shared:
+            launch.report_exit(error.code, f"{error}\n{error.to_json()}")
+        if not shared:
+            raise SystemExit(error.code) from None
+        return 0
+    if group.first_here():
+        launch.report_exit(0)
     return 0

@@ -7,6 +7,7 @@ them, and where it already runs under torchrun (this one's, or one over several 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
 from nestdiff_core.errors import Interrupted, NestdiffError
-from nestdiff_core.progress import LogProgress, Progress, TerminalProgress, silent
+from nestdiff_core.progress import LogProgress, NumbersProgress, Progress, TerminalProgress, all_of, silent
 from nestdiff_core.training import launch
 
 PATIENCE = timedelta(days=7)  # processes meet at the end only
@@ -26,7 +27,7 @@ def share(command: Sequence[str], work: Callable[[str, Progress], object], *, de
     command: what starts it again in each of them, without the number of processes.
     """
     if launch.DIE_WITH_PARENT in os.environ:
-        launch.die_with_parent()
+        launch.end_with_parent()
     if launch.under_torchrun():
         return _worker(work, device)
     if processes > 1:
@@ -82,12 +83,49 @@ def reporting(rank: int) -> Iterator[Progress]:
     listener: Progress = silent
     with contextlib.ExitStack() as stack:
         if rank == 0 and "DAGSTER_PIPES_CONTEXT" in os.environ:
-            from dagster_pipes import open_dagster_pipes
-
-            log = stack.enter_context(open_dagster_pipes()).log
-            listener = LogProgress(log.info)
-            stack.push(lambda kind, error, _: log.error(str(error)) if isinstance(error, NestdiffError) else None)
+            listener = stack.enter_context(_to_dagster())
         elif rank == 0:
             listener = TerminalProgress()
             stack.callback(listener.close)
         yield listener
+
+
+@contextlib.contextmanager
+def _to_dagster() -> Iterator[Progress]:
+    """Lines for the run's log, numbers to plot, and the refusal, if it ends with one, over Dagster Pipes.
+
+    A message that cannot be delivered costs nothing but itself: training goes on.
+    """
+    from dagster_pipes import open_dagster_pipes
+
+    lost = contextlib.suppress(OSError)
+    pipes = None
+    with lost:
+        pipes = open_dagster_pipes()
+    if pipes is None:
+        yield silent
+        return
+
+    def log(line: str) -> None:
+        with lost:
+            pipes.log.info(line)
+
+    def tell(numbers: dict[str, float]) -> None:
+        with lost:
+            pipes.report_custom_message({"numbers": numbers})
+
+    try:
+        yield all_of(LogProgress(log), NumbersProgress(tell))
+    except NestdiffError as error:
+        record = {"kind": type(error).__name__, "sentence": str(error), **json.loads(error.to_json())}
+        with lost:
+            pipes.log.error(str(error))
+            pipes.report_custom_message({"refusal": record})
+            pipes.close()
+        raise
+    except BaseException:
+        with lost:
+            pipes.__exit__(*sys.exc_info())
+        raise
+    with lost:
+        pipes.close()

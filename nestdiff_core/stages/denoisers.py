@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from nestdiff_core import loading
-from nestdiff_core.artifacts import Artifact, ArtifactWriter
+from nestdiff_core.artifacts import Artifact, ArtifactWriter, code_version
 from nestdiff_core.errors import IntegrityError
 from nestdiff_core.experiment import Experiment, Ref, differences
 from nestdiff_core.files import is_sealed, read_sealed_json, write_json
@@ -19,6 +19,7 @@ from nestdiff_core.models import count_macs, count_parameters
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stages.common import logger, reuse
 from nestdiff_core.stores.page_cache import shuffled_reads
+from nestdiff_core.training import group
 from nestdiff_core.training.checkpoint import STATE, list_checkpoints
 from nestdiff_core.training.events import EventFiles
 from nestdiff_core.training.loop import Trainer, ignore, stop_on_signals
@@ -34,23 +35,32 @@ def train(
 ) -> Artifact | None:
     """Train the denoiser of `level` and export its EMA; the same call resumes.
 
-    Runs in each process of a torchrun group.
+    Runs in each process of a torchrun group, on one host or on several. Every host reads the latents; the first
+    process alone writes, and checkpoints may lie on the disk of one host only.
 
     Returns the sealed artifact in the first process (None in the others, and where `until_step` ended it early).
-    Raises Interrupted after saving when a SIGTERM or SIGINT came.
+    Raises Interrupted after saving when a SIGTERM or SIGINT came to any of them; IntegrityError where hosts see
+    different code, settings or latents.
     """
     x.config.level(level)  # a wrong number is refused before anything is read
     ref = Ref("denoiser", level)
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    if (made := reuse(x, ref)) is not None:
+    with group.together():
+        made = reuse(x, ref)
+        path, header = x.path(ref), x.header(ref)
+    seen = {"code": code_version(), "torch": torch.__version__, **{k: header[k] for k in ("config", "inputs")}}
+    group.require_same("denoiser", level, seen)
+    if any(group.gather(made is not None)):
         return made
-    batches, index = loading.latent_batches(x, level), loading.open_index(x)
-    path, header = x.path(ref), x.header(ref)
-    begins = not list_checkpoints(path / CHECKPOINTS) and not x.config.level(level).train.fork_from
-    if rank == 0 and begins:
-        _tell_of_others(x, ref, path)
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(x.writing(ref, keep_parts=True)) if rank == 0 else None
+        writer = None
+        with group.together():
+            batches, index = loading.latent_batches(x, level), loading.open_index(x)
+            begins = not list_checkpoints(path / CHECKPOINTS) and not x.config.level(level).train.fork_from
+            if rank == 0 and begins:
+                _tell_of_others(x, ref, path)
+            if rank == 0:
+                writer = stack.enter_context(x.writing(ref, keep_parts=True))
         stop = stack.enter_context(stop_on_signals())
         stack.enter_context(shuffled_reads(batches.stores(), bring_in=os.environ.get("LOCAL_RANK", "0") == "0"))
         trainer = Trainer(

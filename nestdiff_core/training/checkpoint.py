@@ -185,13 +185,28 @@ def load_latest(
     return None
 
 
-def restore(path: Path, *, model: nn.Module, ema: dict[str, Tensor], optimizer: optim.Optimizer) -> None:
-    """Load a checkpoint that has been read into the three. Settings of the optimizer stay its own."""
-    model.load_state_dict(load_file(path / "model.safetensors"))
-    for name, value in load_file(path / "ema.safetensors").items():
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint: `model NAME`, `ema NAME`, `optimizer INDEX.NAME`."""
+    return {
+        f"{part} {name}": value
+        for part in ("model", "ema", "optimizer")
+        for name, value in load_file(path / f"{part}.safetensors").items()
+    }
+
+
+def restore(
+    tensors: Mapping[str, Tensor], *, model: nn.Module, ema: dict[str, Tensor], optimizer: optim.Optimizer
+) -> None:
+    """Load what `read_tensors` read into the three. Settings of the optimizer stay its own."""
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
+    for key, value in tensors.items():
+        part, name = key.split(" ", 1)
+        parts[part][name] = value
+    model.load_state_dict(parts["model"])
+    for name, value in parts["ema"].items():
         ema[name].copy_(value)
     state: dict[int, dict[str, Any]] = {}
-    for key, value in load_file(path / "optimizer.safetensors").items():
+    for key, value in parts["optimizer"].items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

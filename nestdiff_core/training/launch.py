@@ -3,32 +3,87 @@
     launcher (an asset, a shell)  ->  this parent  ->  torchrun agent  ->  one worker per device
 
 Each child asks the kernel for a SIGTERM when its parent dies, so a `kill -9` anywhere above lets the workers save
-and end. The agent runs in a session of its own, so a Ctrl-C reaches the parent only, which passes it on.
-torchrun turns every failure into exit code 1; the true code comes back through a small file.
+and end. Who cannot end (a worker that waits for another in the middle of a collective) ends all the same, GRACE_SECONDS
+later. The parent adopts the workers of an agent that was killed and returns when none is left, so that whoever starts
+again finds the directory free. The agent runs in a session of its own, so a Ctrl-C reaches the parent only, which
+passes it on. torchrun turns every failure into exit code 1; the true code comes back through a small file.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
+import functools
 import json
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from nestdiff_core.errors import ConfigError, EnvironmentFault, Interrupted
 
 EXIT_FILE = "NESTDIFF_EXIT_FILE"
 DIE_WITH_PARENT = "NESTDIFF_DIE_WITH_PARENT"
-_PR_SET_PDEATHSIG = 1
+GRACE_SECONDS = 35.0  # a trainer saves within 15, torchrun ends its workers after 30, Dagster waits 45
+LOOK_SECONDS = 60.0  # how long an agent looks for the meeting point before its parent starts it again
+INTERRUPTED = Interrupted.code
+STOP = "stop"  # file beside the exit file: this host was asked to stop
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-def die_with_parent() -> None:
-    """Ask the kernel (Linux) to send this process a SIGTERM when the thread that started it ends."""
+def die_with_parent(with_signal: signal.Signals = signal.SIGTERM) -> None:
+    """Ask the kernel (Linux) to send this process a signal when the thread that started it ends."""
+    _prctl(_PR_SET_PDEATHSIG, with_signal)
+
+
+def end_with_parent() -> None:
+    """As `die_with_parent`, and for good GRACE_SECONDS after it.
+
+    Ends at once where the parent has died before it could be asked for: the one whose number DIE_WITH_PARENT holds,
+    or, within a worker, the torchrun agent.
+    """
+    parent = os.getppid()
+    die_with_parent()
+    if under_torchrun():
+        orphaned = b"torch.distributed.run" not in _command_line(parent)
+    else:
+        orphaned = os.environ.get(DIE_WITH_PARENT, "").isdigit() and parent != int(os.environ[DIE_WITH_PARENT])
+    if orphaned:
+        os._exit(INTERRUPTED)
+    threading.Thread(target=_outlive, args=(parent,), daemon=True, name="end with parent").start()
+
+
+def _outlive(parent: int) -> None:
+    """End this process GRACE_SECONDS after its parent, however it may hang: threads run while a collective waits."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    if sys.platform != "linux":
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_SECONDS)
+    os._exit(INTERRUPTED)
+
+
+def _prctl(option: int, value: int) -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def _command_line(pid: int) -> bytes:
+    """With its arguments; where there is no /proc, as if it were a torchrun agent's."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b"" if sys.platform == "linux" else b"torch.distributed.run"
 
 
 def under_torchrun() -> bool:
@@ -49,58 +104,237 @@ def has_reported() -> bool:
     return EXIT_FILE in os.environ and Path(os.environ[EXIT_FILE]).is_file()
 
 
-def run_torchrun(command: Sequence[str], *, num_processes: int) -> int:
-    """Run `python -m nestdiff_core COMMAND` in `num_processes` workers under torchrun; returns the exit code of rank 0.
+def stop_was_asked() -> bool:
+    """Whether the parent has been asked to stop; a worker that starts after that has not got the signal."""
+    return EXIT_FILE in os.environ and Path(os.environ[EXIT_FILE]).with_name(STOP).is_file()
 
-    SIGTERM and SIGINT are passed on to the workers, which save and end.
+
+def last_report() -> dict[str, Any] | None:
+    """What a worker of this host left before torchrun started them all again: {"code": ..., "said": ...}."""
+    return json.loads(Path(os.environ[EXIT_FILE]).read_text()) if has_reported() else None
+
+
+def run_torchrun(command: Sequence[str], *, num_processes: int, hosts: Hosts | None = None, restarts: int = 0) -> int:
+    """Run `python -m nestdiff_core COMMAND` in `num_processes` workers under torchrun; returns the exit code that one
+    of this host's workers reported.
+
+    hosts: for workers on several machines, each of which runs the same command. restarts: how often workers are all
+    started again after one died.
+
+    SIGTERM and SIGINT are passed on to the workers, which save and end. None of them lives when this returns. Raises
+    EnvironmentFault where the hosts do not meet.
     """
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # before the agent is: its children become ours when it is killed
     with tempfile.TemporaryDirectory(prefix="nestdiff-") as folder:
-        exit_file = Path(folder) / "exit.json"
-        agent = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc-per-node={num_processes}",
-                "-m",
-                "nestdiff_core",
-                *command,
-            ],
-            env={
-                **os.environ,
-                EXIT_FILE: str(exit_file),
-                DIE_WITH_PARENT: "1",
-                "OMP_NUM_THREADS": _threads(num_processes),
-            },
-            start_new_session=True,
-            preexec_fn=die_with_parent,
-        )
-        before = {n: signal.signal(n, lambda *_: _ask_to_stop(agent.pid)) for n in (signal.SIGTERM, signal.SIGINT)}
+        exit_file, lost_file = Path(folder) / "exit.json", Path(folder) / "agent.json"
+        meeting, environment = ([], {}) if hosts is None else hosts.options()
+        agent = [
+            *(sys.executable, "-m", "torch.distributed.run"),
+            *(meeting or ["--standalone"]),
+            f"--nproc-per-node={num_processes}",
+            f"--max-restarts={restarts}",
+            *("-m", "nestdiff_core", *command),
+        ]
+        environment |= {
+            EXIT_FILE: str(exit_file),
+            DIE_WITH_PARENT: str(os.getpid()),
+            "OMP_NUM_THREADS": _threads(num_processes),
+            "TORCHELASTIC_ERROR_FILE": str(lost_file),
+        }
+        alone_since = time.monotonic()
+        while True:
+            began = time.monotonic()
+            status = _run_agent(agent, environment, stop_file=Path(folder) / STOP)
+            if exit_file.is_file():
+                report = json.loads(exit_file.read_text())
+                if report.get("said"):
+                    print(report["said"], file=sys.stderr, flush=True)
+                return int(report["code"])
+            if hosts is None or not status or (lost := _lost(lost_file)) is None:
+                return 1 if status else 0
+            if (Path(folder) / STOP).is_file():
+                raise Interrupted("Stopped by a signal", fix="Run the same command again: it resumes.")
+            if time.monotonic() - began > LOOK_SECONDS + 30.0:  # it had met the others
+                alone_since = time.monotonic()
+            if time.monotonic() - alone_since > hosts.join_seconds:
+                raise EnvironmentFault(
+                    f"The {hosts.count} hosts do not meet",
+                    key="--rendezvous",
+                    expected=f"every host at {hosts.rendezvous} within {hosts.join_seconds:g} s",
+                    found=lost,
+                    fix="Run the same command on every host; check that each reaches that address and port.",
+                )
+            print(f"The host of the meeting point is gone or not there yet ({lost}). Joining again.", file=sys.stderr)
+            lost_file.unlink()
+            time.sleep(1.0)
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Machines that work together, and where they meet.
+
+    rendezvous: HOST:PORT, the same on all; HOST is an address of one of them, which keeps the list of who is there.
+    name: what they do together, so that others at the same address are not mixed up with them. join_seconds: how long
+    they wait for one another, at the start and for one that was lost.
+    """
+
+    count: int
+    rendezvous: str
+    name: str
+    join_seconds: float = 600.0
+
+    def options(self) -> tuple[list[str], dict[str, str]]:
+        """Options of torchrun, and its environment."""
+        host, _, port = self.rendezvous.rpartition(":")
+        if not host or not port.isdigit():
+            raise ConfigError(
+                "The meeting point cannot be used",
+                key="--rendezvous",
+                expected="HOST:PORT, an address of one of the hosts and a free port there",
+                found=self.rendezvous,
+                fix="Give the same one on every host.",
+            )
+        mine = _address_towards(host, int(port))
+        meeting = {
+            "join_timeout": round(self.join_seconds),
+            "read_timeout": round(LOOK_SECONDS),
+            "last_call_timeout": 2,
+            "keep_alive_interval": 2,
+            "keep_alive_max_attempt": 5,
+        }
+        # torch recognises itself by its host name, which need not be what the others call it. Several "hosts" on one
+        # machine's loopback find out for themselves who was first.
+        if not mine.startswith("127."):
+            meeting["is_host"] = int(_is_here(host))
+        options = [
+            f"--nnodes={self.count}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={self.rendezvous}",
+            f"--rdzv-id={self.name}",
+            "--rdzv-conf=" + ",".join(f"{name}={value}" for name, value in meeting.items()),
+            f"--local-addr={mine}",
+        ]
+        # Without this a host that comes back waits for ever for the address of rank 0, which is only said once.
+        environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        interface = os.environ.get("GLOO_SOCKET_IFNAME") or _interface(mine)  # else that of this machine's own name
+        return options, environment | ({"GLOO_SOCKET_IFNAME": interface} if interface else {})
+
+
+def _address_towards(host: str, port: int) -> str:
+    """This machine's address on the way to `host`."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as way:
+            way.connect(address)  # sends nothing
+            return str(way.getsockname()[0])
+    except OSError as error:
+        raise EnvironmentFault(
+            f"There is no way to the meeting point ({error.strerror or error})",
+            key="--rendezvous",
+            found=f"{host}:{port}",
+            fix="Correct the address, or this machine's network.",
+        ) from None
+
+
+def _is_here(host: str) -> bool:
+    """Whether an address is one of this machine's."""
+    family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind) as probe:
         try:
-            status = agent.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        if exit_file.is_file():
-            report = json.loads(exit_file.read_text())
-            if report.get("said"):
-                print(report["said"], file=sys.stderr, flush=True)
-            return int(report["code"])
-        return 1 if status else 0
+            probe.bind(address)
+        except OSError:
+            return False
+    return True
+
+
+def _interface(address: str) -> str | None:
+    """Name of the network interface with an IPv4 address; None where that cannot be found out."""
+    get_address = 0x8915  # SIOCGIFADDR
+    for _, name in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket, contextlib.suppress(OSError):
+            record = fcntl.ioctl(any_socket, get_address, struct.pack("256s", name.encode()[:15]))
+            if socket.inet_ntoa(record[20:24]) == address:
+                return name
+    return None
+
+
+def _lost(lost_file: Path) -> str | None:
+    """Why the agent ended, where that was for the meeting point and not for a worker."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        said = str(json.loads(lost_file.read_text())["message"]["message"])
+        if said.startswith(("Rendezvous", "Dist")):
+            return said.split("\n", 1)[0]
+    return None
+
+
+def _run_agent(command: Sequence[str], environment: dict[str, str], *, stop_file: Path) -> int:
+    """Run torchrun until it and all that it started have ended; returns its status."""
+    asked: list[float] = []
+
+    def stop(*_: object) -> None:
+        asked.append(time.monotonic())
+        stop_file.touch()
+        _ask_to_stop(agent.pid)
+
+    agent = subprocess.Popen(
+        command,
+        env={**os.environ, **environment},
+        start_new_session=True,
+        preexec_fn=functools.partial(_begin_agent, os.getpid()),
+    )
+    before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        while (status := agent.poll()) is None:
+            time.sleep(0.05)
+            if asked and time.monotonic() - asked[0] > GRACE_SECONDS:
+                agent.kill()
+        _end_orphans(give_up=0.0 if asked and status == -signal.SIGKILL else GRACE_SECONDS)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return status
+
+
+def _begin_agent(parent: int) -> None:
+    """Within the new process, before it becomes torchrun."""
+    die_with_parent()
+    if os.getppid() != parent:
+        os._exit(INTERRUPTED)
+
+
+def _end_orphans(give_up: float) -> None:
+    """Wait until no child is left: the workers of a killed agent, which save and end; after `give_up` s kill them."""
+    end = time.monotonic() + give_up
+    while children := _children(os.getpid()):
+        for pid in children:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+            if time.monotonic() >= end:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
 
 
 def _threads(num_processes: int) -> str:
     """Threads per worker: torchrun would say 1, which leaves the other cores idle."""
-    return os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // num_processes))
+    return os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // num_processes))
+
+
+def _cores() -> int:
+    """Those that this process may use: within a Slurm job or a container fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _ask_to_stop(agent: int) -> None:
     """SIGTERM to the agent's workers; to the agent itself while it has none yet."""
-    try:
-        workers = [int(pid) for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()]
-    except OSError:  # not Linux, or the agent has gone
-        workers = []
-    for pid in workers or [agent]:
+    for pid in _children(agent) or [agent]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
+
+
+def _children(pid: int) -> list[int]:
+    """Children of the main thread of a process; none where there is no /proc, or the process has gone."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []

@@ -31,12 +31,14 @@ from nestdiff_core.errors import ConfigError, Interrupted, NumericsError
 from nestdiff_core.models.nested import build_denoiser, count_macs
 from nestdiff_core.precision import autocast, matrix_precision
 from nestdiff_core.progress import Progress, silent
+from nestdiff_core.training import group
 from nestdiff_core.training.ahead import Ahead
 from nestdiff_core.training.checkpoint import (
     CheckpointWriter,
     list_checkpoints,
     load_latest,
     read_checkpoint,
+    read_tensors,
     restore,
 )
 from nestdiff_core.training.data import Batch, BatchOrder, Draws, LatentBatches, draw
@@ -54,6 +56,7 @@ from nestdiff_core.training.report import (
 
 VALIDATION_IMAGES = 512
 VALIDATION_SEED = 2**31 - 1
+SAME_REQUEST_SECONDS = 3.0
 NAMED = 5  # images that an error names
 SHOWN = ("loss", "held_out_loss", "gradient_norm", "images_per_second", "mfu", "loader_wait")  # while it runs
 
@@ -139,14 +142,21 @@ class Trainer:
             )
 
     def _resume(self) -> None:
-        expected = self.record.get("fingerprint")
-        found = load_latest(self.folder, warn=self.warn, level=self.level, expected=expected)
-        if found is None:
+        """Go on from the newest checkpoint that any host has: it is read there and sent to the others."""
+        expected, found = self.record.get("fingerprint"), None
+        with group.together():
+            if group.first_here():
+                found = load_latest(self.folder, warn=self.warn, level=self.level, expected=expected)
+        path, mine = (None, None) if found is None else found
+        source, state = group.from_newest(-1 if mine is None else mine["step"], mine)
+        if state is None:
             if self.train.fork_from:
                 self._fork(Path(self.train.fork_from).expanduser())
             return
-        path, state = found
-        restore(path, model=self.model, ema=self.ema, optimizer=self.optimizer)
+        with group.together():
+            tensors = read_tensors(path) if path is not None and source == self.rank else {}
+        tensors = group.tensors_of(source, tensors, self.device)
+        restore(tensors, model=self.model, ema=self.ema, optimizer=self.optimizer)
         self.step, self.skipped, self.history = state["step"], state.get("skipped", 0), state["history"]
         self.window = Window.restored(state.get("window", {}))
 
@@ -168,7 +178,7 @@ class Trainer:
                 found={name: theirs.get(name, state["step"])},
                 fix="Name a checkpoint of a denoiser with the same network, from before levels.train.num_steps.",
             )
-        restore(path, model=self.model, ema=self.ema, optimizer=self.optimizer)
+        restore(read_tensors(path), model=self.model, ema=self.ema, optimizer=self.optimizer)
         self.step = state["step"]
 
     def learning_rate(self, step: int) -> float:
@@ -209,8 +219,8 @@ class Trainer:
 
         stop: whether this process was asked to stop; the report tells all.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step)
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = self.learning_rate(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         parts = [batch.share(i, self.train.accumulation_steps) for i in range(self.train.accumulation_steps)]
         losses = torch.cat([self._add_gradient(part, last=part is parts[-1]) for part in parts])
@@ -439,18 +449,22 @@ def _published(path: Path, level: int) -> dict[str, Tensor]:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Within the block SIGTERM and SIGINT set a flag, which the yielded function reads; a second one ends at once."""
-    asked = False
+    """Within the block SIGTERM and SIGINT set a flag, which the yielded function reads; a second one ends at once.
+
+    What comes within SAME_REQUEST_SECONDS is the first one still: Slurm tells every process of a job, and so do
+    torchrun and its parent.
+    """
+    asked: list[float] = []
 
     def ask(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
+        now = time.monotonic()
+        if asked and now - asked[0] > SAME_REQUEST_SECONDS:
             os._exit(Interrupted.code)
-        asked = True
+        asked.append(now)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: asked
+        yield lambda: bool(asked)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
