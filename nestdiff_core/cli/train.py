@@ -95,7 +95,7 @@ def _work(experiment: Experiment, arguments: argparse.Namespace) -> int:
 
     rank, alone = int(os.environ["RANK"]), os.environ["WORLD_SIZE"] == "1"
     try:
-        device = choose_device(arguments.device)
+        device = choose_device(arguments.device or experiment.config.runtime.device)
         with process_group(device), _reporting(rank) as progress:
             stages.train(experiment, arguments.level, device=device, progress=progress, until_step=arguments.until_step)
         code = 0
