@@ -19,7 +19,8 @@ import pytest
 from harness import REPOSITORY
 
 from nestdiff_core.experiment import Experiment, Ref
-from nestdiff_core.recipes import load_experiment
+from nestdiff_core.recipes import load_experiment, toy
+from pipelines.definitions import build_definitions
 from pipelines.recover import PROCESS
 
 CANARY = "canary-5ecret-that-nobody-may-write-down"
@@ -190,6 +191,73 @@ def test_a_second_run_of_the_same_level(place: Place, tmp_path: Path, toy_run: A
     assert "Another process is writing here" in details.description
     assert "locked by pid" in str(details.metadata["found"].value)
     assert first.poll() is None and place.trainers()
+
+
+# --- a trainer that is not what it says ---------------------------------------------------------------------------
+
+LIAR = """#!{python}
+import base64, json, os, shutil, sys, zlib
+messages = json.loads(zlib.decompress(base64.b64decode(os.environ["DAGSTER_PIPES_MESSAGES"])))["path"]
+match "{lie}":
+    case "silent":
+        sys.exit(0)
+    case "babble":
+        with open(messages, "a") as file:
+            file.write("not JSON\\n")
+    case "deaf":
+        shutil.rmtree(os.path.dirname(messages))
+os.execv("{python}", ["{python}", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize("lie", ["silent", "babble", "deaf"])
+def test_what_counts_is_the_artifact(toy_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lie: str) -> None:
+    """A trainer that exits with 0 and has made nothing is a failure; one whose messages are malformed or cannot be
+    delivered is none."""
+    for stage in MADE:
+        shutil.copytree(toy_run.root / stage, tmp_path / "artifacts" / stage)
+    liar = tmp_path / "python"
+    liar.write_text(LIAR.format(python=sys.executable, lie=lie))
+    liar.chmod(0o755)
+    monkeypatch.setenv("NESTDIFF_HOME", str(tmp_path / "artifacts"))
+    with dg.DagsterInstance.ephemeral() as instance, monkeypatch.context() as patch:
+        patch.setattr("assets.resources.sys.executable", str(liar))
+        job = build_definitions(toy()).resolve_job_def("train_level_2")
+        done = job.execute_in_process(instance=instance, raise_on_error=False)
+    assert done.success is (lie != "silent")
+    assert bool(done.get_asset_materialization_events()) is (lie != "silent")
+
+
+OPEN = """
+import sys, dagster as dg
+sys.path.insert(0, {scripts!r})
+import setup
+from pathlib import Path
+setup.ROOT, setup.INSTANCE = Path({root!r}), Path({root!r}) / ".dagster"
+setup.PYTHON = Path(sys.executable)
+if not setup.is_initialised():
+    with setup.only_one_setup():
+        if not setup.is_initialised():
+            setup.initialise_instance()
+with dg.DagsterInstance.from_config(str(setup.INSTANCE)) as instance:
+    run = instance.add_run(dg.DagsterRun("a"))
+    instance.report_run_failed(run)
+"""
+
+
+def test_eight_first_uses_at_once(tmp_path: Path) -> None:
+    """Of a checkout that was just cloned: one makes the instance's tables, the others wait, and all eight write."""
+    (tmp_path / "pipelines").mkdir()
+    shutil.copy(REPOSITORY / "pipelines" / "dagster.yaml", tmp_path / "pipelines")
+    code = OPEN.format(scripts=str(REPOSITORY / "scripts"), root=str(tmp_path))
+    users = [
+        subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stderr=subprocess.PIPE, text=True)
+        for _ in range(8)
+    ]
+    errors = [user.communicate(timeout=120)[1] for user in users]
+    assert [user.returncode for user in users] == [0] * 8, "\n".join(errors)
+    with dg.DagsterInstance.from_config(str(tmp_path / ".dagster")) as instance:
+        assert [run.status for run in instance.get_runs()] == [FAILURE] * 8
 
 
 # --- the web UI's services ----------------------------------------------------------------------------------------

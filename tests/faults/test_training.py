@@ -247,18 +247,16 @@ def reading(path: Path) -> bytes:
 
 
 def test_another_time_and_zone(pipeline: Pipeline, expected: dict[str, str | None]) -> None:
-    """Half a training yesterday in one time zone, the rest tomorrow in another: neither result nor order depends on
-    the clock."""
+    """Half a training now, the rest as if it were yesterday and elsewhere, on files of 1970: neither result nor order
+    depends on the clock."""
     if shutil.which("faketime") is None:
         pytest.skip("needs the program faketime")
     assert pipeline.train(kill_at=40).code == KILLED
     for path in pipeline.home.rglob("*"):
         os.utime(path, (0, 0))
-    done = train(pipeline, before=("faketime", "-f", "+1d"), TZ="Pacific/Kiritimati")
+    done = train(pipeline, before=("faketime", "-f", "-1d"), TZ="Pacific/Kiritimati")
     assert done.returncode == 0, done.stderr
     assert denoiser(pipeline) == expected
-    again = train(pipeline, before=("faketime", "-f", "-2d"), TZ="America/St_Johns")
-    assert again.returncode == 0 and denoiser(pipeline) == expected
 
 
 def test_an_unusual_place(forks: Forks, tmp_path: Path, expected: dict[str, str | None]) -> None:
