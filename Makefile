@@ -19,7 +19,6 @@ setup: ready ## Make .venv (7 GB) and the Dagster instance in .dagster
 	@echo "Ready. In a shell: . .venv/bin/activate"
 
 quickstart: ready ## Run the whole pipeline on real handwritten digits, minutes on two CPU cores
-	$(IN_VENV) python -m pipelines.recover
 	$(IN_VENV) NESTDIFF_EXPERIMENT=digits dagster job execute -m pipelines.definitions -j quickstart
 	$(IN_VENV) python -m nestdiff_core inspect digits
 
@@ -33,7 +32,6 @@ check: ready ## Run the linter, the formatter, the type checker and the import r
 	$(IN_VENV) lint-imports --no-logo
 
 dev: ready ## Open Dagster's web UI on this machine, PORT=3000
-	$(IN_VENV) python -m pipelines.recover
 	$(IN_VENV) dagster dev -w workspace.yaml -h 127.0.0.1 -p $(PORT)
 
 bench: ready ## Measure against peers; ARGS are those of scripts.bench

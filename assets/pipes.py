@@ -37,7 +37,7 @@ class TrainerMessages(dg.PipesMessageReader):
         """One message of our own, from the thread that reads them."""
         match message:
             case {"numbers": dict(numbers)}:
-                shown = {name: value for name, value in numbers.items() if math.isfinite(value)}
+                shown = {name: _short(value) for name, value in numbers.items() if math.isfinite(value)}
                 self.context.log_event(dg.AssetObservation(self.context.asset_key, metadata=shown))
             case {"refusal": dict(refusal)}:
                 self.refusal = refusal
@@ -53,6 +53,11 @@ class TrainerMessages(dg.PipesMessageReader):
             return again
         record = {name: str(value) for name, value in self.refusal.items() if value is not None and name != "sentence"}
         return dg.Failure(description=self.refusal["sentence"], metadata=record, allow_retries=False)
+
+
+def _short(value: float) -> float:
+    """To six digits: the log of a run shows every number in full."""
+    return value if isinstance(value, int) else float(f"{value:.6g}")
 
 
 class _Live:

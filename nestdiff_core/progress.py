@@ -78,21 +78,25 @@ class LogProgress:
 
 
 class NumbersProgress:
-    """The step and what was measured at it to `tell`: first, last, and at most every `interval_seconds` between; later
-    in a long work less often, every `share` of its time, so that a week gives some hundred points more than an hour.
+    """The step and what was measured to `tell`: first, last, and at most every `interval_seconds` between; later in a
+    long work less often, every `share` of its time, so that a week gives some hundred points more than an hour.
+
+    What is measured rarely is told again with each point until it is measured anew, so that its line has no gaps.
     """
 
     def __init__(
-        self, tell: Callable[[dict[str, float]], object], interval_seconds: float = 5.0, share: float = 0.01
+        self, tell: Callable[[dict[str, float]], object], interval_seconds: float = 10.0, share: float = 0.01
     ) -> None:
         self.tell, self.interval_seconds, self.share = tell, interval_seconds, share
         self._began, self._next = time.monotonic(), 0.0
+        self._numbers: dict[str, float] = {}
 
     def __call__(self, done: int, total: int, what: str, **numbers: float) -> None:
         seconds = time.monotonic() - self._began
+        self._numbers |= numbers
         if numbers and (done >= total or seconds >= self._next):
             self._next = seconds + max(self.interval_seconds, self.share * seconds)
-            self.tell({"step": done, **numbers})
+            self.tell({"step": done, **self._numbers})
 
 
 def all_of(*listeners: Progress) -> Progress:

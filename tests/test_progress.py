@@ -1,6 +1,8 @@
 """Progress: a log gets a line now and then, with the numbers measured last, and one at the end of each piece."""
 
-from nestdiff_core.progress import LogProgress
+import pytest
+
+from nestdiff_core.progress import LogProgress, NumbersProgress, all_of
 
 
 def test_a_log_gets_the_latest_numbers() -> None:
@@ -22,3 +24,19 @@ def test_a_log_is_not_flooded() -> None:
         for done in range(1, 1001):
             progress(done, 1000, what)
     assert lines == ["a: 1,000 of 1,000", "b: 1,000 of 1,000"]
+
+
+def test_plots_get_some_hundred_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A day with a line each second: first and last are told, those between ever more rarely; a rare number is
+    repeated until there is a newer one."""
+    now = 1000.0
+    monkeypatch.setattr("nestdiff_core.progress.time.monotonic", lambda: now)
+    told: list[dict[str, float]] = []
+    progress, total = all_of(NumbersProgress(told.append, interval_seconds=10.0, share=0.01)), 24 * 3600
+    for step in range(1, total + 1):
+        now += 1.0
+        progress(step, total, "a", loss=1 / step, **({"held_out": float(step)} if step in (5, 1000) else {}))
+    assert told[0] == {"step": 1, "loss": 1.0} and told[-1]["step"] == total
+    assert 500 < len(told) < 600
+    assert [point["held_out"] for point in told if 1 < point["step"] < 1000] == [5.0] * 99
+    assert told[1]["step"] - told[0]["step"] == 10 and told[-2]["step"] - told[-3]["step"] > 700

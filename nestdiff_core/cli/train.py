@@ -128,7 +128,7 @@ def _work(experiment: Experiment, arguments: argparse.Namespace) -> int:
     rank, alone = int(os.environ["RANK"]), os.environ["WORLD_SIZE"] == "1"
     hang = timedelta(seconds=experiment.config.runtime.hang_seconds)
     try:
-        device = choose_device(arguments.device)
+        device = choose_device(arguments.device or experiment.config.runtime.device)
         with process_group(device, patience=hang), reporting(rank) as progress:
             group.begin()
             stages.train(experiment, arguments.level, device=device, progress=progress, until_step=arguments.until_step)

@@ -180,6 +180,7 @@ def load_latest(
             warn(f"Checkpoint {path.name} is passed over: {error}")
             damaged = error
     if damaged is not None:
+        damaged.level = level
         damaged.fix = f"No checkpoint is whole. Remove {folder} to train from the beginning."
         raise damaged
     return None

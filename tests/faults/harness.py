@@ -104,16 +104,35 @@ class Pipeline:
         return Experiment(load_experiment(self.experiment), self.home)
 
     def start(self, *stages: str, verb: str = "run", also: Sequence[str] = (), **faults: int) -> Child:
-        """Begin these stages (default: all of the data side). also: further arguments. faults: those of forks.py."""
+        """Begin these stages (default: all of the data side). also: further arguments. faults: those of forks.py.
+
+        verb `train` is a worker of level 2 as torchrun starts it: what it would have the command exit with is in the
+        file `exit.json` beside the experiment.
+        """
         output, said = self.forks.pipe()
         named = [word for stage in stages or STAGES for word in ("--stage", stage)] if verb == "run" else []
+        worker = {}
+        if verb == "train":
+            named, worker = ["--level=2"], dict.fromkeys(("RANK", "LOCAL_RANK"), "0") | {"WORLD_SIZE": "1"}
+            worker |= {"TORCHELASTIC_RUN_ID": "test", "NESTDIFF_EXIT_FILE": str(self.exit_file)}
+            self.exit_file.unlink(missing_ok=True)
         order = {
             "arguments": [verb, str(self.experiment), *named, *also],
-            "environment": {"NESTDIFF_HOME": str(self.home)},
+            "environment": {"NESTDIFF_HOME": str(self.home), **worker},
             "faults": faults,
             "output": str(output),
         }
         return Child(self.forks, self.forks.ask({"start": order}), said)
+
+    @property
+    def exit_file(self) -> Path:
+        return self.experiment.parent / "exit.json"
+
+    def train(self, **faults: int) -> Outcome:
+        """A training of level 2, and what the command would have exited with."""
+        outcome = self.start(verb="train", **faults).wait()
+        said = self.exit_file.is_file() and json.loads(self.exit_file.read_text())["code"]
+        return outcome._replace(code=outcome.code or int(said))
 
     def run(self, *stages: str, verb: str = "run", also: Sequence[str] = (), **faults: int) -> Outcome:
         return self.start(*stages, verb=verb, also=also, **faults).wait()

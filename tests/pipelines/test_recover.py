@@ -10,13 +10,15 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from pipelines.recover import is_alive, recover
+from nestdiff_core.recipes import toy
+from pipelines.definitions import build_definitions
+from pipelines.recover import PROCESS, is_dead, recover, this_machine, this_process
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_a_killed_job_does_not_block_the_next(toy_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After kill -9 of `dagster job execute` within a pooled step, recover() ends the run and its slot can be had."""
+    """After kill -9 of `dagster job execute` within a pooled step, the sensor ends the run and its slot can be had."""
     (tmp_path / "dagster.yaml").write_text((REPOSITORY / "pipelines" / "dagster.yaml").read_text())
     experiment = tmp_path / "slow.yaml"
     experiment.write_text("recipe: toy\nencoder.moco.num_steps: 1000000\n")
@@ -39,18 +41,35 @@ def test_a_killed_job_does_not_block_the_next(toy_run: Any, tmp_path: Path, monk
         (run,) = instance.get_runs()
         assert run.status is dg.DagsterRunStatus.STARTED
         assert storage.get_concurrency_run_ids() == {run.run_id}
-        assert recover(instance) == [run.run_id]
+        sensor = build_definitions(toy()).get_repository_def().get_sensor_def("dead_runs")
+        assert sensor.default_status is dg.DefaultSensorStatus.RUNNING
+        with dg.build_sensor_context(instance=instance) as context:
+            skipped = sensor(context)
+        assert isinstance(skipped, dg.SkipReason) and run.run_id in str(skipped.skip_message)
         assert instance.get_runs()[0].status is dg.DagsterRunStatus.FAILURE
         assert storage.get_concurrency_run_ids() == set()
 
 
-def test_a_process_is_known_by_its_number_and_its_time() -> None:
-    """Whatever a program is called it lives until it ends; one that began later only has the number of the dead one."""
-    sleeper = subprocess.Popen(["sleep", "60"])
-    try:
-        assert is_alive(sleeper.pid, time.time())
-        assert not is_alive(sleeper.pid, time.time() - 1000)
-    finally:
-        sleeper.kill()
-        sleeper.wait()
-    assert not is_alive(sleeper.pid, time.time())
+@pytest.mark.parametrize(
+    ("change", "dead"),
+    [
+        ({}, False),  # it lives
+        ({"process": "1 0"}, True),  # the number is another's now
+        ({"process": f"{2**22 + 1} 5"}, True),  # nobody has it
+        ({"boot": "another"}, True),  # this machine was started again since
+        ({"machine": "another", "process": "1 0"}, False),  # another machine's: it cannot be known from here
+        ({"numbers": "another", "process": "1 0"}, False),  # another container's
+    ],
+)
+def test_a_run_is_known_by_machine_number_and_time(change: dict[str, str], dead: bool) -> None:
+    """A run is dead where this machine knows that its process has ended, whatever the clock says."""
+    machine, boot, numbers = this_machine().split()
+    process = this_process().partition(" pid ")[2]
+    said = {"machine": machine, "boot": boot, "numbers": numbers, "process": process, **change}
+    run = dg.DagsterRun("train_level_1", tags={PROCESS: "{machine} {boot} {numbers} pid {process}".format(**said)})
+    assert is_dead(run) is dead
+
+
+def test_a_run_that_nobody_noted_is_left_alone() -> None:
+    """Of another project in the same instance."""
+    assert not is_dead(dg.DagsterRun("theirs", status=dg.DagsterRunStatus.STARTED))
