@@ -25,10 +25,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from nestdiff_core.errors import EnvironmentFault, Interrupted
+
 EXIT_FILE = "NESTDIFF_EXIT_FILE"
 DIE_WITH_PARENT = "NESTDIFF_DIE_WITH_PARENT"
 GRACE_SECONDS = 35.0  # a trainer saves within 15, torchrun ends its workers after 30, Dagster waits 45
-INTERRUPTED = 75
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -50,7 +51,7 @@ def end_with_parent() -> None:
     else:
         orphaned = os.environ.get(DIE_WITH_PARENT, "").isdigit() and parent != int(os.environ[DIE_WITH_PARENT])
     if orphaned:
-        os._exit(INTERRUPTED)
+        os._exit(Interrupted.code)
     threading.Thread(target=_outlive, args=(parent,), daemon=True, name="end with parent").start()
 
 
@@ -61,7 +62,7 @@ def _outlive(parent: int) -> None:
     if sys.platform != "linux":
         os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE_SECONDS)
-    os._exit(INTERRUPTED)
+    os._exit(Interrupted.code)
 
 
 def _prctl(option: int, value: int) -> None:
@@ -133,6 +134,18 @@ def run_torchrun(command: Sequence[str], *, num_processes: int) -> int:
                 signal.signal(number, handler)
         if exit_file.is_file():
             return int(json.loads(exit_file.read_text())["code"])
+        if asked:
+            raise Interrupted(
+                "Stopped by signals before it could save",
+                stage="denoiser",
+                fix="Run the same command again: it resumes from the last checkpoint.",
+            )
+        if status < 0:
+            raise EnvironmentFault(
+                f"torchrun was killed by signal {-status}",
+                stage="denoiser",
+                fix="See who did it (dmesg, if the memory ran out), and run the same command again: it resumes.",
+            )
         return 1 if status else 0
 
 
@@ -140,7 +153,7 @@ def _begin_agent(parent: int) -> None:
     """Within the new process, before it becomes torchrun."""
     die_with_parent()
     if os.getppid() != parent:
-        os._exit(INTERRUPTED)
+        os._exit(Interrupted.code)
 
 
 def _end_orphans(give_up: float) -> None:
