@@ -281,7 +281,7 @@ def test_an_unusual_place(forks: Forks, tmp_path: Path, expected: dict[str, str 
     assert denoiser(here) == expected
 
 
-@pytest.mark.parametrize("starved", ["handles", "temporary", "shared"])
+@pytest.mark.parametrize("starved", ["handles", pytest.param("temporary", marks=pytest.mark.slow), "shared"])
 def test_little_else(pipeline: Pipeline, expected: dict[str, str | None], starved: str) -> None:
     """64 file handles, no folder for temporary files, or no shared memory: works, or exit code 5; no hang."""
     match starved:
