@@ -45,12 +45,13 @@ class TrainerMessages(dg.PipesMessageReader):
     def failure(self) -> dg.Failure | dg.RetryRequested:
         """Why the trainer ended without having done its work.
 
-        A killed one, which said nothing, is started again and resumes; a refusal would only be repeated, except that
-        the trainer before a retry may still be saving. (A RetryPolicy would start a run that was cancelled again.)
+        One that was killed, or stopped by somebody else than Dagster, is started again and resumes; a refusal would
+        only be repeated, except that the trainer before a retry may still be saving. (A RetryPolicy would start a
+        run that was cancelled again.)
         """
-        again = dg.RetryRequested(max_retries=RETRIES, seconds_to_wait=RETRY_SECONDS)
-        if self.refusal is None or (self.context.retry_number > 0 and self.refusal["kind"] == "LockHeld"):
-            return again
+        kind = None if self.refusal is None else self.refusal["kind"]
+        if self.refusal is None or kind == "Interrupted" or (kind == "LockHeld" and self.context.retry_number > 0):
+            return dg.RetryRequested(max_retries=RETRIES, seconds_to_wait=RETRY_SECONDS)
         record = {name: str(value) for name, value in self.refusal.items() if value is not None and name != "sentence"}
         return dg.Failure(description=self.refusal["sentence"], metadata=record, allow_retries=False)
 

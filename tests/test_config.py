@@ -6,7 +6,7 @@ import typing
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nestdiff_core import config as module
@@ -93,6 +93,7 @@ def test_refusals_name_the_setting(change: dict, key: str, level: int | None) ->
         lambda x: st.lists(x) | st.dictionaries(st.text(), x),
     )
 )
+@settings(deadline=None)
 def test_any_data_is_a_config_or_a_config_error(data: object) -> None:
     """Whatever a YAML file holds, the answer is a configuration or a ConfigError."""
     for name in typing.get_type_hints(ExperimentConfig):

@@ -36,7 +36,6 @@ EXIT_FILE = "NESTDIFF_EXIT_FILE"
 DIE_WITH_PARENT = "NESTDIFF_DIE_WITH_PARENT"
 GRACE_SECONDS = 35.0  # a trainer saves within 15, torchrun ends its workers after 30, Dagster waits 45
 LOOK_SECONDS = 60.0  # how long an agent looks for the meeting point before its parent starts it again
-INTERRUPTED = Interrupted.code
 STOP = "stop"  # file beside the exit file: this host was asked to stop
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
@@ -59,7 +58,7 @@ def end_with_parent() -> None:
     else:
         orphaned = os.environ.get(DIE_WITH_PARENT, "").isdigit() and parent != int(os.environ[DIE_WITH_PARENT])
     if orphaned:
-        os._exit(INTERRUPTED)
+        os._exit(Interrupted.code)
     threading.Thread(target=_outlive, args=(parent,), daemon=True, name="end with parent").start()
 
 
@@ -70,7 +69,7 @@ def _outlive(parent: int) -> None:
     if sys.platform != "linux":
         os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE_SECONDS)
-    os._exit(INTERRUPTED)
+    os._exit(Interrupted.code)
 
 
 def _prctl(option: int, value: int) -> None:
@@ -150,10 +149,15 @@ def run_torchrun(command: Sequence[str], *, num_processes: int, hosts: Hosts | N
                 if report.get("said"):
                     print(report["said"], file=sys.stderr, flush=True)
                 return int(report["code"])
+            if (Path(folder) / STOP).is_file():
+                raise Interrupted("Stopped before it could save", fix="Run the same command again: it resumes.")
+            if status < 0:
+                raise EnvironmentFault(
+                    f"torchrun was killed by signal {-status}",
+                    fix="See who did it (dmesg, if the memory ran out), and run the same command again: it resumes.",
+                )
             if hosts is None or not status or (lost := _lost(lost_file)) is None:
                 return 1 if status else 0
-            if (Path(folder) / STOP).is_file():
-                raise Interrupted("Stopped by a signal", fix="Run the same command again: it resumes.")
             if time.monotonic() - began > LOOK_SECONDS + 30.0:  # it had met the others
                 alone_since = time.monotonic()
             if time.monotonic() - alone_since > hosts.join_seconds:
@@ -299,7 +303,7 @@ def _begin_agent(parent: int) -> None:
     """Within the new process, before it becomes torchrun."""
     die_with_parent()
     if os.getppid() != parent:
-        os._exit(INTERRUPTED)
+        os._exit(Interrupted.code)
 
 
 def _end_orphans(give_up: float) -> None:
