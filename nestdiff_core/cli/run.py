@@ -68,17 +68,9 @@ def _run_stage(
     match stage:
         case "train":
             for level in range(1, experiment.config.num_levels + 1):
-                code = train.run(
-                    argparse.Namespace(
-                        experiment=arguments.experiment,
-                        level=level,
-                        processes=arguments.processes,
-                        until_step=None,
-                        dry_run=False,
-                        device=arguments.device,
-                    )
-                )
-                if code:
+                given = {"--processes": arguments.processes, "--device": arguments.device}
+                words = [f"{name}={value}" for name, value in given.items() if value is not None]
+                if code := train.run(train.parse([*_named(arguments), f"--level={level}", *words])):
                     return code
         case "images":
             stages.images(experiment, progress=progress)
@@ -96,10 +88,13 @@ def _samples(experiment: Experiment, arguments: argparse.Namespace) -> int:
 
     runtime = experiment.config.runtime
     device = arguments.device or runtime.device
-    named = [arguments.experiment] if arguments.experiment else []
     return workers.share(
-        ["run", *named, "--stage=samples", f"--device={device}"],
+        ["run", *_named(arguments), "--stage=samples", f"--device={device}"],
         lambda device, progress: stages.samples(experiment, device=device, progress=progress),
         device=device,
         processes=arguments.processes or runtime.processes,
     )
+
+
+def _named(arguments: argparse.Namespace) -> list[str]:
+    return [arguments.experiment] if arguments.experiment else []

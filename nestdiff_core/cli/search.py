@@ -37,7 +37,9 @@ def run(arguments: argparse.Namespace) -> int:
     for sigma in () if arguments.table else config.search.sigmas:
         print(f"sigma_{config.search.level} = {sigma:g}", flush=True)
         path = save_experiment(candidate(config, sigma), x.root)
-        code = run_verb.run(argparse.Namespace(experiment=str(path), stage=None, device=arguments.device))
+        code = run_verb.run(
+            argparse.Namespace(experiment=str(path), stage=None, processes=None, device=arguments.device)
+        )
         if code:
             return code
     print(format_table(search_table(x)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 
 import yaml
@@ -48,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--until-step", type=int, metavar="STEP", help="save and stop at this step; resume later")
     parser.add_argument("--dry-run", action="store_true", help="say what would be trained, how long, in what memory")
     add_device(parser)
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command line without the verb."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(words)
 
 
 def run(arguments: argparse.Namespace) -> int:
