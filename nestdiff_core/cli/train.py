@@ -86,23 +86,23 @@ def _dry_run(config: ExperimentConfig, level: int, device: str, processes: int) 
 
 
 def _work(experiment: Experiment, arguments: argparse.Namespace) -> int:
-    """One worker. Rank 0 reports the exit code; a refusal that all workers share ends without torchrun's noise."""
+    """One worker. A refusal is said once, last of all; one that all workers share ends without torchrun's noise."""
     from nestdiff_core import stages
     from nestdiff_core.devices import choose_device, process_group
 
     rank, alone = int(os.environ["RANK"]), os.environ["WORLD_SIZE"] == "1"
+    code, said = 0, None
     try:
         device = choose_device(arguments.device)
         with process_group(device), reporting(rank) as progress:
             stages.train(experiment, arguments.level, device=device, progress=progress, until_step=arguments.until_step)
-        code = 0
     except NestdiffError as error:
-        code = error.code
-        if rank == 0:
-            print(error, error.to_json(), sep="\n", file=sys.stderr, flush=True)
+        code, said = error.code, f"{error}\n{error.to_json()}"
+        if launch.EXIT_FILE not in os.environ:  # a torchrun of somebody else's
+            print(said, file=sys.stderr, flush=True)
         if not (alone or isinstance(error, Interrupted)):
-            launch.report_exit(code)
+            launch.report_exit(code, said)  # by whichever it befell
             raise SystemExit(code) from None  # the others may wait for this worker: torchrun has to end them
-    if rank == 0:
-        launch.report_exit(code)
+    if rank == 0 and not launch.has_reported():  # torchrun stops this one where another has refused
+        launch.report_exit(code, said)
     return 0
