@@ -142,8 +142,12 @@ def _work(experiment: Experiment, arguments: argparse.Namespace) -> int:
             stages.train(experiment, arguments.level, device=device, progress=progress, until_step=arguments.until_step)
     except NestdiffError as error:
         shared = alone or error.shared or isinstance(error, (Interrupted, NumericsError))
-        if group.first_here() or not shared:
-            launch.report_exit(error.code, f"{error}\n{error.to_json()}")
+        said = f"{error}\n{error.to_json()}"
+        if launch.EXIT_FILE not in os.environ:  # a torchrun of somebody else's
+            print(said, file=sys.stderr, flush=True)
+        # torchrun stops this worker where another has refused
+        if (group.first_here() or not shared) and not (isinstance(error, Interrupted) and launch.has_reported()):
+            launch.report_exit(error.code, said)
         if not shared:
             raise SystemExit(error.code) from None
         return 0

@@ -75,8 +75,8 @@ class CheckpointWriter:
         }
         # As text, since what it holds changes while it is written.
         state = json.dumps({**record, "step": step}, allow_nan=True)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the copies
+        for device in {value.device for value in ema.values() if value.is_cuda}:
+            torch.cuda.synchronize(device)  # the copies
         self._writing = self._pool.submit(self._write, step, files, state)
 
     def wait(self) -> None:

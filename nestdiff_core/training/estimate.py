@@ -59,7 +59,7 @@ def estimate(
     num_classes: 0 unless labels condition the denoisers. Nothing is read and nothing stays on the disk.
     """
     own = config.level(level)
-    train = replace(own.train, batch_size=max(1, own.train.batch_size // processes))
+    train = replace(own.train, batch_size=max(1, own.train.batch_size // processes), start_from="", fork_from="")
     levels = tuple(replace(x, train=train) if x.level == level else x for x in config.levels)
     needed = (*config.levels_above(level), level)
     readers: dict[int, StoreReader] = {m: _Noise(config.latent_shape(m)) for m in needed}

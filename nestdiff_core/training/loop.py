@@ -34,6 +34,7 @@ from nestdiff_core.progress import Progress, silent
 from nestdiff_core.training import group
 from nestdiff_core.training.ahead import Ahead
 from nestdiff_core.training.checkpoint import (
+    STATE,
     CheckpointWriter,
     list_checkpoints,
     load_latest,
@@ -61,8 +62,8 @@ NAMED = 5  # images that an error names
 SHOWN = ("loss", "held_out_loss", "gradient_norm", "images_per_second", "mfu", "loader_wait")  # while it runs
 
 
-def ignore(line: Line) -> None:
-    """For who does not want the lines of the log."""
+def ignore(_: object) -> None:
+    """For who does not want the lines of the log, or warnings."""
 
 
 class Trainer:
@@ -115,7 +116,8 @@ class Trainer:
         self.order = BatchOrder(train_rows, self.train.batch_size, self.train.seed)
         # Images of all kinds, in whatever order they lie.
         self.held_out = np.random.default_rng(0).permutation(held_out_rows)[:VALIDATION_IMAGES]
-        self.folder, self.record, self.warn = folder, record, warn
+        self.folder, self.record = folder, record
+        self.warn = warn if self.rank == 0 else ignore  # once, not by every process
         self.checkpoints = CheckpointWriter(folder, keep_last=self.train.keep_last, keep_every=self.train.keep_every)
         self.step = self.skipped = 0
         self.runs_ahead = device.type != "cpu"  # a GPU works on while its queue is filled
@@ -138,7 +140,7 @@ class Trainer:
                 key="levels.train.batch_size",
                 expected=f"a multiple of {self.world_size} processes x {self.train.accumulation_steps} parts = {parts}",
                 found=self.train.batch_size,
-                fix="Change the number of processes.",
+                fix="Change the number of processes or levels.train.accumulation_steps.",
             )
 
     def _resume(self) -> None:
@@ -162,6 +164,16 @@ class Trainer:
 
     def _fork(self, path: Path) -> None:
         """Begin with the state of another denoiser's checkpoint."""
+        if not (path / STATE).is_file():
+            raise ConfigError(
+                "levels.train.fork_from is not a checkpoint",
+                stage="denoiser",
+                level=self.level,
+                key="levels.train.fork_from",
+                path=path,
+                expected="a folder step_NNNNNNNN",
+                fix="Correct the path, or leave it out.",
+            )
         state = read_checkpoint(path, level=self.level)
         theirs = {name: tuple(value.shape) for name, value in load_file(path / "model.safetensors").items()}
         ours = {name: tuple(value.shape) for name, value in self.weights.items()}
@@ -261,8 +273,9 @@ class Trainer:
         return numbers
 
     def _exploded(self, report: StepReport, numbers: StepNumbers) -> NumericsError:
-        """What happened, to which images, and what is left."""
-        bad = report.rows[~(report.losses <= self.train.max_loss).cpu().numpy()]
+        """What happened, to which images, and what is left. All processes call it: each knows its own images only."""
+        bad = self._gather(report.rows[~(report.losses <= self.train.max_loss).cpu().numpy()])
+        self.checkpoints.wait()  # one that is being written may be the last good one
         few = ", ".join(self.name(int(row)) for row in bad[:NAMED]) + (", ..." if len(bad) > NAMED else "")
         kept = list_checkpoints(self.folder)
         return NumericsError(
@@ -271,7 +284,7 @@ class Trainer:
             level=self.level,
             key=f"step {report.step}",
             expected=f"a finite gradient, a loss of at most {self.train.max_loss:g} (levels.train.max_loss)",
-            found=f"loss {numbers.loss}, of {len(bad)} of {len(report.rows)} images ({few or 'none alone'}), "
+            found=f"loss {numbers.loss}, of {len(bad)} of {self.train.batch_size} images ({few or 'none alone'}), "
             f"gradient norm {numbers.gradient_norm}",
             path=kept[-1] if kept else self.folder,
             fix="Lower levels.train.lr or set levels.train.grad_clip, which makes another denoiser; "
@@ -281,6 +294,14 @@ class Trainer:
                 else "there is no checkpoint yet."
             ),
         )
+
+    def _gather(self, rows: np.ndarray) -> np.ndarray:
+        """Those of all processes."""
+        if self.world_size == 1:
+            return rows
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, rows)
+        return np.concatenate(everyone)
 
     def _sum(self, values: Tensor) -> Tensor:
         """Over all processes, each of which saw another share of the batch."""
@@ -369,6 +390,7 @@ class Trainer:
         """
         end = self.train.num_steps if until_step is None else min(self.train.num_steps, until_step)
         saved, asked, pending = self.step, False, None
+        self.window.clock, self.window.timed_steps = time.monotonic(), 0
         with (
             matrix_precision(self.train.precision),
             closing(self.order),

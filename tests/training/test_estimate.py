@@ -46,6 +46,14 @@ def test_more_processes_share_the_batch(monkeypatch: pytest.MonkeyPatch) -> None
         assert max(seen) == batch  # and one image, for its cost
 
 
+def test_nothing_is_read() -> None:
+    """Neither the weights nor the checkpoint that training would begin with."""
+    base = toy()
+    train = replace(base.level(1).train, start_from="/nowhere/weights.pth", fork_from="/nowhere/step_00000010")
+    config = replace(base, levels=(replace(base.level(1), train=train), base.level(2)))
+    assert estimate(config, 1, device=torch.device("cpu"), num_steps=1).parameters > 0
+
+
 def test_dry_run_says_it_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """A training job as processes: stops well, resumes to the bit, leaves no orphan, and keeps a second one out."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -122,6 +123,32 @@ def test_a_second_launch_is_refused_while_the_first_lives(long_run: Experiment) 
         first.send_signal(signal.SIGTERM)
         first.communicate(timeout=30)
     assert first.returncode == 75
+
+
+def test_a_refusal_of_any_process_is_the_last_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What befalls the second of two alone is left for the parent to say, and the first, stopped by torchrun because of
+    it, does not take it for a stop."""
+    from nestdiff_core import devices, stages
+    from nestdiff_core.cli import main
+    from nestdiff_core.errors import IntegrityError, Interrupted
+
+    def fail(*_: object, **__: object) -> None:
+        if os.environ["RANK"] == "1":
+            raise IntegrityError("Shard 3 is cut", fix="Make it again.")
+        raise Interrupted("Stopped by a signal", fix="Run the same command again.")
+
+    monkeypatch.setattr(stages, "train", fail)
+    monkeypatch.setattr(devices, "process_group", lambda device: contextlib.nullcontext(0))
+    for name, value in {"EXIT_FILE": tmp_path / "exit.json", "HOME": tmp_path}.items():
+        monkeypatch.setenv(f"NESTDIFF_{name}", str(value))
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        main(["train", "toy", "--level=1", "--device=cpu"])
+    monkeypatch.setenv("RANK", "0")
+    main(["train", "toy", "--level=1", "--device=cpu"])
+    report = json.loads((tmp_path / "exit.json").read_text())
+    assert report["code"] == 4 and json.loads(report["said"].splitlines()[-1])["error"] == "Shard 3 is cut"
 
 
 def test_two_processes_train_like_one(long_run: Experiment, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -428,6 +428,50 @@ def test_numbers_may_be_read_a_step_late(batches: LatentBatches, tmp_path: Path,
     assert late.step == 8 and all(value.isfinite().all() for value in [*late.weights.values(), *optimizer_slots(late)])
 
 
+PROCESSES = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from nestdiff_core.errors import NumericsError
+rank, tests, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+sys.path.insert(0, tests)
+from test_loop import config_with, make_batches, trainer
+dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
+said = ["start"]
+t = trainer(make_batches(folder / str(rank), 48), folder, config_with(max_skipped_steps=1), warnings=said)
+make = t.batch
+def damaged(step):
+    batch = make(step)
+    if rank == 1 and step in (2, 4):
+        batch.latents[1][1] = float("inf")
+    return batch
+t.batch = damaged
+if rank == 1:
+    print(*(make(step).rows[1] for step in (2, 4)))
+try:
+    t.run()
+except NumericsError as error:
+    print(said[1:], error)
+"""
+
+
+def test_any_process_names_the_images_of_all(tmp_path: Path) -> None:
+    """Two processes, an image that breaks the step in the second: the first, which is heard, names it; and it alone
+    warns of steps that are left out."""
+    command = [sys.executable, "-c", PROCESSES]
+    started = [
+        subprocess.Popen(
+            [*command, str(rank), str(Path(__file__).parent), str(tmp_path)], stdout=-1, stderr=-1, text=True
+        )
+        for rank in (0, 1)
+    ]
+    (first, problems), (second, _) = (process.communicate(timeout=200) for process in started)
+    bad = second.splitlines()[0].split()
+    assert f"(row {bad[0]})" in first, problems
+    assert f"(row {bad[1]})" in first and "of 1 of 32 images" in first
+    assert second.splitlines()[1].startswith("[] ")
+
+
 def optimizer_slots(t: Trainer) -> list[torch.Tensor]:
     return [value for p in t.model.parameters() for _, value in sorted(t.optimizer.state[p].items())]
 
@@ -453,6 +497,66 @@ def test_a_fork_goes_on_with_other_settings(batches: LatentBatches, tmp_path: Pa
     with pytest.raises(ConfigError, match="fork_from") as caught:
         trainer(batches, tmp_path / "c", other)
     assert "out_blocks" in str(caught.value) or "in_blocks" in str(caught.value)
+
+
+def test_a_fork_from_nowhere_is_refused_by_its_name(batches: LatentBatches, tmp_path: Path) -> None:
+    """A path that is no checkpoint is a setting to correct, not an artifact to make again."""
+    with pytest.raises(ConfigError, match="fork_from is not a checkpoint"):
+        trainer(batches, tmp_path / "a", config_with(fork_from=str(tmp_path / "step_00000010")))
+
+
+def test_a_checkpoint_that_is_being_written_is_the_last_good_one(
+    batches: LatentBatches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that explodes while it is on its way to the disk is an error that names it."""
+    from nestdiff_core.training import checkpoint
+
+    t, write = trainer(batches, tmp_path, config_with(checkpoint_every=5)), checkpoint.save_file
+    t.run(until_step=4)
+
+    def slow(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        time.sleep(1)
+        write(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    make = t.batch
+
+    def damaged(step: int) -> Batch:
+        batch = make(step)
+        if step == 5:
+            batch.latents[1][2] = float("inf")
+        return batch
+
+    t.batch = damaged
+    with pytest.raises(NumericsError, match="step 5") as caught:
+        t.run()
+    assert str(caught.value.path).endswith("step_00000005")
+
+
+def test_a_rate_is_of_the_time_that_is_trained(batches: LatentBatches, tmp_path: Path) -> None:
+    """What passes before `run`, or between two calls of it, is not counted."""
+    t = trainer(batches, tmp_path, config_with(log_every=4))
+    t.run(until_step=2)
+    time.sleep(1)
+    start = time.monotonic()
+    t.run(until_step=4)
+    seconds = time.monotonic() - start
+    assert t.history[-1]["images_per_second"] >= 2 * t.train.batch_size / seconds
+
+
+def test_a_checkpoint_of_a_cpu_leaves_the_gpu_alone(
+    batches: LatentBatches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may be in use, and would be given a context."""
+
+    def touched(*_: object) -> None:
+        raise AssertionError("the GPU was waited for")
+
+    t = trainer(batches, tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", touched)
+    t.save()
+    t.checkpoints.wait()
 
 
 def test_checkpoints_kept_for_good(batches: LatentBatches, tmp_path: Path) -> None:
