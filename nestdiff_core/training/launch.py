@@ -138,6 +138,9 @@ def run_torchrun(command: Sequence[str], *, num_processes: int, hosts: Hosts | N
             EXIT_FILE: str(exit_file),
             DIE_WITH_PARENT: str(os.getpid()),
             "OMP_NUM_THREADS": _threads(num_processes),
+            # A store of their own each time workers start. In the agent's, which torch shares with them by default,
+            # they may find the addresses of those that died, and a host that comes back never finds rank 0's.
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             "TORCHELASTIC_ERROR_FILE": str(lost_file),
         }
         alone_since = time.monotonic()
@@ -218,10 +221,8 @@ class Hosts:
             "--rdzv-conf=" + ",".join(f"{name}={value}" for name, value in meeting.items()),
             f"--local-addr={mine}",
         ]
-        # Without this a host that comes back waits for ever for the address of rank 0, which is only said once.
-        environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         interface = os.environ.get("GLOO_SOCKET_IFNAME") or _interface(mine)  # else that of this machine's own name
-        return options, environment | ({"GLOO_SOCKET_IFNAME": interface} if interface else {})
+        return options, {"GLOO_SOCKET_IFNAME": interface} if interface else {}
 
 
 def _address_towards(host: str, port: int) -> str:

@@ -95,7 +95,8 @@ class Trainer:
         self.condition_noise = {m: config.level(m).condition_noise for m in config.levels_above(level)}
         self.schedule: NoiseSchedule = make_schedule(config.diffusion)
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self._check_shares()
+        with group.together():
+            self._check_shares()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.train.seed)
             self.model = build_denoiser(config, level, num_classes).to(device)

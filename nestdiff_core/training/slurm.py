@@ -26,6 +26,7 @@ from nestdiff_core.files import DirectoryLock, read_json, write_bytes, write_jso
 
 OURS = ("nodes", "ntasks", "ntasks-per-node", "output", "error", "array", "wait", "parsable", "wrap")
 WARNING_SECONDS = 90  # before the time limit, in which training saves
+PATIENCE_SECONDS = 600  # between the ends of two hosts: the first may have to put its result into object storage
 LEAST_SECONDS = 60  # a job that its time limit stops earlier makes no way, and is not submitted again
 STOP_SECONDS = 60.0  # Slurm kills what is left after its KillWait, 30 s by default
 UNREACHABLE_SECONDS = 600.0
@@ -44,8 +45,9 @@ SCRIPT = """#!/bin/bash
 {exports}
 ${{SLURM_CPUS_PER_TASK:+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK}}
 {meeting}
-# exec: the shell would die of the signal that lets training save.
-exec srun --kill-on-bad-exit=1 {command}
+# exec: the shell would die of the signal that lets training save. All hosts end with the same code within moments of
+# each other, and Slurm must not end one with another: the job's code is what says whether it is to go on.
+exec srun --kill-on-bad-exit=0 --wait={patience} {command}
 """
 # The port depends on the job, as two jobs may have the same first node.
 MEETING = """HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -167,6 +169,7 @@ class Job:
             hosts=hosts,
             log=self._log,
             warning=WARNING_SECONDS,
+            patience=PATIENCE_SECONDS,
             setup=runtime.slurm_setup,
             exports="\n".join(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
             meeting=MEETING if hosts > 1 else "",

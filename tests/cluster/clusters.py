@@ -79,11 +79,6 @@ class Level:
         folder = self.x.path(Ref("denoiser", 2)) / "checkpoints"
         return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*"))
 
-    def history(self, step: int) -> list[dict[str, float]]:
-        """The lines of the log up to the checkpoint of `step`."""
-        folder = self.x.path(Ref("denoiser", 2)) / "checkpoints" / f"step_{step:08d}"
-        return json.loads((folder / "state.json").read_text())["history"]
-
     def digest(self) -> str | None:
         """Of the trained denoiser's content."""
         made = self.x.find(Ref("denoiser", 2))
