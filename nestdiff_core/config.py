@@ -303,12 +303,12 @@ class TrainConfig:
     compile: bool = knob(
         False,
         "Whether the network is compiled (torch.compile): faster after a minute or two, with other last bits.",
-        decides="if_changed",
+        decides="never",
     )
     accumulation_steps: int = knob(
         1,
         "Parts into which a process cuts its share of a batch to save memory; their gradients are added up.",
-        decides="if_changed",
+        decides="never",
     )
     activation_checkpointing: bool = knob(
         False,

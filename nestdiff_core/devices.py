@@ -56,5 +56,8 @@ def process_group(device: str, *, patience: timedelta | None = None) -> Iterator
         dist.init_process_group("gloo", timeout=patience)
     try:
         yield dist.get_rank()
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if not device.startswith("cuda"):  # NCCL would wait for the others, who may be waiting for this process
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()

@@ -103,7 +103,7 @@ class Backbone(nn.Module):
 
     def _call(self, block: nn.Module, *tokens: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *tokens, use_reentrant=False)
+            return checkpoint(block, *tokens, use_reentrant=False, preserve_rng_state=False)  # nothing is random
         return block(*tokens)
 
     def read_out(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "B C H W"]:

@@ -140,7 +140,7 @@ def checkpoint_step(path: Path) -> int:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint directories, oldest first; none of them verified."""
-    return sorted(folder.glob("step_*"))
+    return sorted(folder.glob("step_" + "[0-9]" * 8))
 
 
 def read_checkpoint(path: Path, *, level: int, expected: str | None = None) -> dict[str, Any]:

@@ -128,8 +128,12 @@ class Trainer:
         # A forward pass and a backward pass of twice its cost; one MAC is two operations.
         self.flops_per_image = 3.0 * 2.0 * count_macs(self.model)
         if self.train.compile:
+            # A notebook may train all levels in one process, each compiled for training and for validation.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * config.num_levels)
             self.model.compile(fullgraph=True, dynamic=False)
-        self.network: nn.Module = DistributedDataParallel(self.model) if self.world_size > 1 else self.model
+        self.network: nn.Module = self.model
+        if self.world_size > 1:
+            self.network = DistributedDataParallel(self.model, broadcast_buffers=False)  # they never change
 
     def _check_shares(self) -> None:
         parts = self.world_size * self.train.accumulation_steps
@@ -391,13 +395,14 @@ class Trainer:
         """
         end = self.train.num_steps if until_step is None else min(self.train.num_steps, until_step)
         saved, asked, pending = self.step, False, None
-        self.window.clock, self.window.timed_steps = time.monotonic(), 0
         with (
             matrix_precision(self.train.precision),
             closing(self.order),
             self.checkpoints,
             Ahead(self.batch, end=end) as batches,
         ):
+            matrix_rate(self.device, self.train.precision)  # measured before anything is timed
+            self.window.clock, self.window.timed_steps = time.monotonic(), 0
             waited = 0.0
             while self.step < end and not asked:
                 report = self.train_step(batches(self.step), stop=stop())

@@ -97,31 +97,29 @@ class Window:
     line is the same wherever a run was stopped."""
 
     sums: np.ndarray = field(default_factory=lambda: np.zeros((2, NOISE_LEVELS)))
-    steps: int = 0
     gradient_norm: float = 0.0  # of the last step
     clock: float = field(default_factory=time.monotonic)
     timed_steps: int = 0  # since `clock`
 
     def add(self, numbers: StepNumbers) -> None:
-        self.steps += 1
         self.timed_steps += 1
         if not numbers.exploded:
             self.sums = self.sums + numbers.sums
             self.gradient_norm = numbers.gradient_norm
 
     def state(self) -> dict[str, Any]:
-        return {"sums": self.sums.tolist(), "steps": self.steps, "gradient_norm": self.gradient_norm}
+        return {"sums": self.sums.tolist(), "gradient_norm": self.gradient_norm}
 
     @classmethod
     def restored(cls, state: dict[str, Any]) -> Window:
-        return cls(**{**state, **({"sums": np.asarray(state["sums"], np.float64)} if state else {})})
+        return cls(np.asarray(state["sums"], np.float64), state["gradient_norm"]) if state else cls()
 
 
 @lru_cache
 def matrix_rate(device: torch.device, precision: str) -> float:
     """Floating point operations per second that `device` reaches in a large matrix product in `precision`, measured.
 
-    What model FLOPs utilisation (MFU) is counted against.
+    What model FLOPs utilisation (MFU) is counted against. Its own memory does not count as the peak of `device`.
     """
     on_gpu = device.type == "cuda"
     side, repeats = (8192, 16) if on_gpu else (1024, 1)
@@ -132,10 +130,13 @@ def matrix_rate(device: torch.device, precision: str) -> float:
             torch.cuda.synchronize(device)
         start = time.monotonic()
         for _ in range(repeats):
-            _ = a @ b
+            torch.matmul(a, b)
         if on_gpu:
             torch.cuda.synchronize(device)
         best = min(best, (time.monotonic() - start) / repeats)
+    if on_gpu:
+        del a, b
+        torch.cuda.reset_peak_memory_stats(device)
     return 2.0 * side**3 / best
 
 
