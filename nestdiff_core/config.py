@@ -560,9 +560,9 @@ class RuntimeConfig:
         "local", "Where training is started. local: on this machine; slurm: as a job of a Slurm cluster."
     )
     slurm_options: str = knob(
-        "", "Options of sbatch, such as: --partition=gpu --account=mine --time=24:00:00 --gpus-per-node=4"
+        "", "Options of sbatch (such as --partition=gpu --account=mine --time=24:00:00 --gpus-per-node=4)."
     )
-    slurm_setup: str = knob("", "Shell lines that a Slurm job begins with, such as: module load cuda")
+    slurm_setup: str = knob("", "Shell lines that a Slurm job begins with (such as module load cuda).")
     restarts: int = knob(
         3, "How often several processes are started again from their last checkpoint after one has died."
     )
