@@ -33,6 +33,7 @@ GROUPS = {
     "denoiser": "denoisers",
     "samples": "evaluation",
     "evaluation": "evaluation",
+    "ladder": "evaluation",
 }
 
 
