@@ -112,7 +112,7 @@ def build_ladder(experiment: ExperimentConfig) -> dg.AssetsDefinition:
         description=(
             "Which level loses the quality: images from true latents of held-out images down to each level, generated "
             "below it, against the training images; and each level's generated latents against true ones, beside "
-            "what real latents and a Gaussian score (ladder.json)."
+            "what held-out latents and a Gaussian score (ladder.json)."
         ),
     )
 

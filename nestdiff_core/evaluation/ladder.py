@@ -9,12 +9,15 @@ images' labels and noise, so that
 is what generating z_l instead of knowing it adds, 0 for a perfect denoiser. D_1 less that of the held-out images
 themselves is the autoencoder's.
 
-Beside it, each level's latents against the true ones: `conditional` (given true latents above; at the top, with nothing
-above, `unconditional`), `ancestral` (given generated ones), and what to expect of real and simple sets of as many:
+Beside it, each level's latents against as many training ones: `conditional` (given true latents of held-out images
+above; at the top, with nothing above, `unconditional`), `ancestral` (given generated ones), and what to expect:
 
-    training    training latents: what a perfect model would score
-    resampled   training latents against others: the same without the difference between the splits
-    gaussian    a Gaussian with the training latents' mean and covariance: what knowing no more would score
+    held_out    true latents of the held-out images: what a perfect model scores; clearly less means copies
+    resampled   other training latents: the same without the difference between the splits
+    gaussian    a Gaussian with the training latents' mean and covariance: what knowing no more scores
+
+Against the held-out latents, conditional ones would look better than perfect: each is made from what is above one of
+them.
 """
 
 from __future__ import annotations
@@ -102,21 +105,22 @@ def level_numbers(
     num_neighbours: int = 3,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Latents (N, C, H, W) of one level by set (`conditional`, ...) against as many held-out ones, beside the floors.
+    """Latents (N, C, H, W) of one level by set (`conditional`, ...) against as many training ones, beside the floors.
 
-    All are `averaged` where they are large. training: M latents; `resampled` needs M >= 2 N, and `training` M >= N:
-    they are left out with a warning else.
+    All are `averaged` where they are large. training: M latents. N is lowered to M; `resampled` needs M >= 2 N and is
+    left out with a warning else.
     Returns plain JSON data: numbers {set: {metric: value}}, channels {set: {mean_error, std_ratio: a number each}},
     settings, warnings.
     """
-    num = len(held_out)
+    num = min(len(held_out), len(training))
     shuffled = training[torch.from_numpy(np.random.default_rng(seed).permutation(len(training)))]
-    pairs = {which: (z, held_out) for which, z in generated.items()}
-    pairs |= {"training": (shuffled[:num], held_out), "resampled": (shuffled[:num], shuffled[num : 2 * num])}
-    pairs["gaussian"] = (gaussian_like(training, num, seed=seed), held_out)
+    real = shuffled[:num]
+    sets = {which: z[:num] for which, z in generated.items()}
+    sets |= {"held_out": held_out[:num], "resampled": shuffled[num : 2 * num]}
+    sets["gaussian"] = gaussian_like(training, num, seed=seed)
     numbers, channels, settings, warnings = {}, {}, {}, {}
-    for which, (z, real) in pairs.items():
-        if len(z) < num or len(real) < num:
+    for which, z in sets.items():
+        if len(z) < num:
             warnings[f"{name}: {which} is left out, {len(training)} training images are too few for {num}."] = None
             continue
         found = latent_metrics(z, real, name=name, num_neighbours=num_neighbours, seed=seed)
@@ -151,7 +155,7 @@ def level_table(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     conditional: of the top level the unconditional ones.
     """
-    sets = ("conditional", "ancestral", "training", "resampled", "gaussian")
+    sets = ("conditional", "ancestral", "held_out", "resampled", "gaussian")
     return [
         {"latent": f"z_{level}", "number": name, **{which: found.get(which, {}).get(name) for which in sets}}
         for level, numbers in sorted(record["levels"].items(), key=lambda item: -int(item[0]))

@@ -110,9 +110,9 @@ def _rungs(
     return {k: writer.fetch(name) for k, name in files.items()}
 
 
-def _beyond(progress: Progress, before: int, total: int) -> Progress:
+def _beyond(progress: Progress, before: int, whole: int) -> Progress:
     """Tells of images of one rung as of all."""
-    return lambda done, _, what, **numbers: progress(before + done, total, what, **numbers)
+    return lambda done, total, what, **numbers: progress(before + done, whole, what, **numbers)
 
 
 def _read(x: Experiment, level: int, rows: Int64[np.ndarray, " N"]) -> Tensor:
