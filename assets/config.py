@@ -34,6 +34,7 @@ GROUPS = {
     "denoiser": "denoisers",
     "samples": "evaluation",
     "evaluation": "evaluation",
+    "ladder": "evaluation",
 }
 
 

@@ -3,7 +3,7 @@
 import dagster as dg
 
 from assets.config import POOL, asset_spec, elsewhere, log_progress, refusals, runtime_config, with_runtime
-from assets.report import SHOWN, grid, result, table
+from assets.report import SHOWN, grid, picture, result, table
 from assets.resources import ArtifactRoot, Launcher
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.experiment import Ref
@@ -102,3 +102,54 @@ def build_evaluation(experiment: ExperimentConfig) -> dg.AssetsDefinition:
         )
 
     return evaluation
+
+
+def build_ladder(experiment: ExperimentConfig) -> dg.AssetsDefinition:
+    spec = asset_spec(
+        experiment,
+        Ref("ladder"),
+        kinds={"pytorch", "scikitlearn"},
+        description=(
+            "Which level loses the quality: images from true latents of held-out images down to each level, generated "
+            "below it, against the training images; and each level's generated latents against true ones, beside "
+            "what held-out latents and a Gaussian score (ladder.json)."
+        ),
+    )
+
+    class Runtime(runtime_config(experiment)):
+        """How this run is done; what decides the result is changed in the experiment."""
+
+    @dg.multi_asset(name="ladder", specs=[spec], pool=POOL)
+    def ladder(context: dg.AssetExecutionContext, config: Runtime, artifacts: ArtifactRoot) -> dg.MaterializeResult:
+        from nestdiff_core import stages
+        from nestdiff_core.devices import choose_device
+        from nestdiff_core.evaluation.figures import ladder_plot
+        from nestdiff_core.evaluation.ladder import ladder_table, level_table, verdicts
+
+        with refusals():
+            artifact = stages.ladder(
+                artifacts.experiment(experiment), device=choose_device(config.device), progress=log_progress(context)
+            )
+        info, plots, costliest = artifact.info, {}, {}
+        for name, cost in info["costs"].items():
+            numbers = info["metrics"][name]
+            plots[f"ladder_{name}"] = picture(
+                ladder_plot(
+                    {int(k): value for k, value in numbers["rungs"].items()},
+                    title="What each level costs",
+                    xlabel=f"{name}, {info['num_images']:,} images",
+                    floor=("held-out images", numbers["held_out"]),
+                )
+            )
+            costliest[f"costliest_level_{name}"] = cost["costliest"]
+        return result(
+            artifact,
+            spec.key,
+            verdict="\n".join(verdicts(info)),
+            rungs=table(ladder_table(info)),
+            levels=table(level_table(info)),
+            **plots,
+            **costliest,
+        )
+
+    return ladder

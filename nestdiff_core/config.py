@@ -516,6 +516,16 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LadderConfig:
+    """The oracle ladder, which tells the level that loses the quality (evaluation/ladder.py)."""
+
+    num_images: int = knob(1_000, "Held-out images whose true latents are given level by level, at most.")
+
+    def __post_init__(self) -> None:
+        _require(self.num_images >= 2, "ladder.num_images", ">= 2", self.num_images)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchConfig:
     """A greedy search for one level's condition noise (sigma_l), the others held."""
 
@@ -593,6 +603,7 @@ class ExperimentConfig:
     diffusion: DiffusionConfig = knob(DiffusionConfig(), "The diffusion process.")
     sampling: SamplingConfig = knob(SamplingConfig(), "The cascade.")
     evaluation: EvaluationConfig = knob(EvaluationConfig(), "The numbers.")
+    ladder: LadderConfig = knob(LadderConfig(), "Which level loses the quality.")
     search: SearchConfig = knob(SearchConfig(), "A search for one level's condition noise.")
     design: DesignConfig = knob(DesignConfig(), "What `design` proposes levels for.")
     runtime: RuntimeConfig = knob(RuntimeConfig(), "How work is run; in no fingerprint.")

@@ -112,6 +112,28 @@ def _encoder_config(c: ExperimentConfig, _: int) -> dict[str, Any]:
     return {k: v for k, v in plain.items() if k in used} | autoencoder
 
 
+def _ladder_config(c: ExperimentConfig, _: int) -> dict[str, Any]:
+    sampling, evaluation = deciding(c.sampling), deciding(c.evaluation)
+    return {
+        **deciding(c.ladder),
+        "sampling": {k: v for k, v in sampling.items() if k != "num_images"},
+        "guidance": [[level.guidance, *level.guidance_interval] for level in c.levels],
+        "evaluation": {k: evaluation[k] for k in ("extractors", "inception_weights", "num_neighbours")},
+    }
+
+
+def _ladder_inputs(c: ExperimentConfig, _: int) -> tuple[Ref, ...]:
+    text = (Ref("text"),) if c.conditioning.labels == "text" else ()
+    numbers = [level.level for level in c.levels]
+    return (
+        Ref("images"),
+        Ref("encoder"),
+        *text,
+        *(Ref("latents", m) for m in numbers),
+        *(Ref("denoiser", m) for m in numbers),
+    )
+
+
 STAGES: dict[str, Stage] = {
     "images": Stage(lambda c, _: deciding(c.images), lambda c, _: (), "build_latents"),
     "encoder": Stage(
@@ -173,6 +195,7 @@ STAGES: dict[str, Stage] = {
     "evaluation": Stage(
         lambda c, _: deciding(c.evaluation), lambda c, _: (Ref("images"), Ref("encoder"), Ref("samples")), "evaluate"
     ),
+    "ladder": Stage(_ladder_config, _ladder_inputs, "evaluate"),
 }
 
 PER_LEVEL = ("crops", "moments", "svd_basis", "latents", "denoiser")

@@ -5,13 +5,14 @@ Every function raises IntegrityError when the artifact is missing, with the comm
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -52,6 +53,14 @@ class SplitImages:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def subset(self, num_images: int, seed: int) -> SplitImages:
+        """A random subset, in order; everything when `num_images` is not smaller."""
+        if num_images >= len(self):
+            return self
+        chosen = copy.copy(self)
+        chosen.rows = np.sort(np.random.default_rng(seed).permutation(self.rows)[:num_images])
+        return chosen
 
     def __getitem__(self, i: int) -> np.ndarray:
         row = self.rows[i]
@@ -191,18 +200,19 @@ class Cascade:
         image_indices: Iterable[int],
         *,
         seed: int,
+        rows: Int64[np.ndarray, " N"] | None = None,
         given: dict[int, Tensor] | None = None,
         null_conditions: bool = False,
         progress: Progress = silent,
     ) -> dict[int, Tensor]:
-        """As `generate`."""
+        """As `generate`. rows: the images of the index whose labels or captions these are told."""
         indices = list(image_indices)
         return sample_cascade(
             self.denoisers,
             self.x.config,
             image_indices=indices,
             seed=seed,
-            labels=self._labels(indices),
+            labels=self._labels(indices) if rows is None else self._labels_of(rows),
             given=given or {},
             null_conditions=null_conditions,
             device=torch.device(self.device),
@@ -241,9 +251,14 @@ class Cascade:
         or None."""
         if classes := num_classes(self.x.config, self._index):
             return torch.tensor([i % classes for i in indices])
+        return self._labels_of(self._caption_rows(indices)) if self.x.config.conditioning.labels == "text" else None
+
+    def _labels_of(self, rows: Int64[np.ndarray, " N"]) -> Tensor | None:
+        """The class (N,) of each image `rows` of the index, or its first caption as tokens (N, T, W), or None."""
+        if num_classes(self.x.config, self._index):
+            return torch.from_numpy(self._index.labels[rows])
         if self.x.config.conditioning.labels != "text":
             return None
-        rows = self._caption_rows(indices)
         return torch.from_numpy(open_features(self.x, TOKENS, Ref("text")).read(rows, np.zeros_like(rows))).float()
 
     def _caption_rows(self, indices: list[int]) -> np.ndarray:

@@ -33,6 +33,7 @@ def build_definitions(config: ExperimentConfig) -> dg.Definitions:
             *(denoisers.build(config, level) for level in range(1, config.num_levels + 1)),
             evaluation.build_samples(config),
             evaluation.build_evaluation(config),
+            evaluation.build_ladder(config),
             *search.build(config),
         ],
         asset_checks=checks.build(config),

@@ -29,7 +29,9 @@ def test_only_readers_of_the_level_are_trained(conditioning: str, trained: tuple
     one, other = Experiment(candidate(config, 0.0)), Experiment(candidate(config, 1.5))
     for ref in one.refs():
         differs = one.config_hash(ref) != other.config_hash(ref)
-        assert differs == (ref.stage in ("samples", "evaluation") or (ref.stage == "denoiser" and ref.level in trained))
+        assert differs == (
+            ref.stage in ("samples", "evaluation", "ladder") or (ref.stage == "denoiser" and ref.level in trained)
+        )
 
 
 @pytest.mark.parametrize("level", [1, 4])

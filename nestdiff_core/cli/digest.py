@@ -77,6 +77,8 @@ def _hash_content(ref: Ref, artifact: Artifact) -> str:
             return _hash_plain(
                 {"metrics": {name: n["value"] for name, n in record["metrics"].items()}, "probe": record["probe"]}
             )
+        case "ladder":
+            return _hash_plain(json.loads((path / "ladder.json").read_text()))
     raise AssertionError(f"no digest is defined for stage {ref.stage}")
 
 

@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     totals, printed = total_row(levels), paper_table(experiment.config)
     if arguments.json:
         plain = {"levels": levels, "total": totals, "paper": printed, "stages": stages, "numbers": numbers}
+        plain["ladder"] = found.info if (found := experiment.find(Ref("ladder"))) else None
         print(json.dumps(_finite({**plain, "config": to_dict(experiment.config)}), indent=1))
         return 0
     print(
@@ -48,6 +49,13 @@ def run(arguments: argparse.Namespace) -> int:
     print(*(format_table(table) for table in tables if table), sep="\n\n")
     if note := PRINTED.get(experiment.config.name, Printed()).note:
         print(f"\npaper: {note}")
+    if found := experiment.find(Ref("ladder")):
+        from nestdiff_core.evaluation import ladder
+
+        record = found.info
+        print(f"\noracle ladder, {record['num_images']:,} images to a rung")
+        print(format_table(ladder.ladder_table(record)), *ladder.verdicts(record), sep="\n")
+        print("\n" + format_table(ladder.level_table(record)))
     if samples := experiment.find(Ref("samples")):
         print(f"\nsamples: {samples.path / 'samples.npz'}")
     return 0

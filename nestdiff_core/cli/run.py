@@ -1,7 +1,7 @@
 """Run the pipeline, or some of its stages. What is there already is checked and kept.
 
 Stages: images, encoder, features, crops (for levels cut from crops), text (for captions), bases, latents, train,
-samples, evaluation; all that the experiment has by default.
+samples, evaluation, ladder; all that the experiment has by default.
 """
 
 from __future__ import annotations
@@ -15,7 +15,19 @@ from nestdiff_core.progress import TerminalProgress
 from nestdiff_core.recipes import load_experiment
 from nestdiff_core.training import launch
 
-STAGES = ("images", "encoder", "features", "crops", "text", "bases", "latents", "train", "samples", "evaluation")
+STAGES = (
+    "images",
+    "encoder",
+    "features",
+    "crops",
+    "text",
+    "bases",
+    "latents",
+    "train",
+    "samples",
+    "evaluation",
+    "ladder",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

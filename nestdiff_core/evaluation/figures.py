@@ -185,6 +185,31 @@ def bar_plot(
     return _png(figure)
 
 
+def ladder_plot(distances: Mapping[int, float], *, title: str, xlabel: str, floor: tuple[str, float]) -> bytes:
+    """A bar for each rung k of the oracle ladder, from D_{L+1} down to D_1: true latents from level k up.
+
+    What rung l + 1 has beyond rung l, the cost of level l, is in the level's colour. `floor` is a named dashed line.
+    """
+    rungs = sorted(distances, reverse=True)
+    figure, axes = _panel(title, xlabel, "", height=110 + 36 * len(rungs))
+    largest = max([*distances.values(), floor[1], 1e-12])
+    for place, k in enumerate(rungs):
+        value, below = distances[k], distances.get(k - 1, distances[k])
+        axes.barh(place, min(value, below), height=0.62, color="#c4cbd3")
+        axes.barh(place, max(value - below, 0.0), left=below, height=0.62, color=level_colour(max(k - 1, 1)))
+        axes.text(max(value, below) + largest * 0.012, place, f"{value:.3g}", va="center", color=INK, fontsize=9)
+    axes.axvline(floor[1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.text(floor[1], -0.65, f" {floor[0]}: {floor[1]:.3g}", color=MUTED, fontsize=8.5, va="center", ha="left")
+    names = {k: f"true z_{k} up" for k in rungs[1:]} | {rungs[0]: "all generated", rungs[1]: f"true z_{rungs[1]}"}
+    axes.set_yticks(range(len(rungs)), [names[k] for k in rungs])
+    axes.tick_params(axis="y", labelcolor=INK, length=0)
+    axes.set_ylim(len(rungs) - 0.45, -0.98)
+    axes.set_xlim(0, largest * 1.12)
+    axes.grid(False, axis="y")
+    axes.spines["bottom"].set_visible(False)
+    return _png(figure)
+
+
 # --- house style --------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ missing is an IntegrityError with the command that makes it.
 from nestdiff_core.stages.data import crops, encoder, features, images, text
 from nestdiff_core.stages.denoisers import CHECKPOINTS, train
 from nestdiff_core.stages.hierarchy import bases, design, latents, propose_levels
+from nestdiff_core.stages.ladder import ladder
 from nestdiff_core.stages.sampling import evaluation, samples
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "evaluation",
     "features",
     "images",
+    "ladder",
     "latents",
     "propose_levels",
     "samples",

@@ -296,14 +296,19 @@ def test_a_changed_source_is_noticed_loses_partitions_and_a_rechecked_one_makes_
 @pytest.mark.parametrize(
     ("change", "stale"),
     [
-        ("levels.2.channels: 3", {"svd_basis 2", "latents 2", "denoiser 1", "denoiser 2", "samples", "evaluation"}),
-        ("levels.2.condition_noise: 1.0", {"denoiser 1", "samples", "evaluation"}),
-        ("levels.1.train.lr: 0.01", {"denoiser 1", "samples", "evaluation"}),
-        ("levels.1.guidance: 2.0", {"samples", "evaluation"}),
-        ("sampling.batch_size: 7", {"samples", "evaluation"}),
+        (
+            "levels.2.channels: 3",
+            {"svd_basis 2", "latents 2", "denoiser 1", "denoiser 2", "samples", "evaluation", "ladder"},
+        ),
+        ("levels.2.condition_noise: 1.0", {"denoiser 1", "samples", "evaluation", "ladder"}),
+        ("levels.1.train.lr: 0.01", {"denoiser 1", "samples", "evaluation", "ladder"}),
+        ("levels.1.guidance: 2.0", {"samples", "evaluation", "ladder"}),
+        ("sampling.batch_size: 7", {"samples", "evaluation", "ladder"}),
         ("runtime.device: cpu", set()),
         ("levels.1.train.log_every: 7", set()),
-        ("evaluation.num_neighbours: 5", {"evaluation"}),
+        ("sampling.num_images: 7", {"samples", "evaluation"}),
+        ("ladder.num_images: 7", {"ladder"}),
+        ("evaluation.num_neighbours: 5", {"evaluation", "ladder"}),
     ],
 )
 def test_a_change_makes_stale_what_depends_on_it_and_nothing_else(tmp_path: Path, change: str, stale: set[str]) -> None:
