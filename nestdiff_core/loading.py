@@ -227,7 +227,7 @@ class Cascade:
         unread = {m: torch.zeros(len(indices), *config.latent_shape(m)) for m in range(2, config.num_levels + 1)}
         return self.latents(indices, seed=seed, given=unread, null_conditions=True, progress=progress)[1]
 
-    def images(self, image_indices: Iterable[int], z_1: Float[Tensor, "N C H W"]) -> UInt8[np.ndarray, "N H W c"]:
+    def images(self, image_indices: Iterable[int], z_1: Float[Tensor, "N C H W"]) -> UInt8[np.ndarray, "N h w c"]:
         """Images of latents of level 1, decoded as they were sampled: in batches of one size, each at its place."""
         indices = list(image_indices)
         channels, side = self.x.config.images.channels, self.x.config.images.resolution

@@ -88,8 +88,11 @@ def test_plot_is_a_small_repeatable_png() -> None:
 
 
 @pytest.fixture(scope="module")
-def made(toy_run: Any) -> Experiment:
-    return Experiment(toy(), toy_run.root)
+def made(toy_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """A copy of the toy experiment's artifacts, beside which others are made."""
+    root = tmp_path_factory.mktemp("made") / "artifacts"
+    shutil.copytree(toy_run.root, root)
+    return Experiment(toy(), root)
 
 
 def test_rungs_are_the_cascade_with_true_latents(made: Experiment) -> None:

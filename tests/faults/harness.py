@@ -129,10 +129,14 @@ class Pipeline:
         return self.experiment.parent / "exit.json"
 
     def train(self, **faults: int) -> Outcome:
-        """A training of level 2, and what the command would have exited with."""
+        """A training of level 2: what the command would have exited with, and its last words."""
         outcome = self.start(verb="train", **faults).wait()
-        said = self.exit_file.is_file() and json.loads(self.exit_file.read_text())["code"]
-        return outcome._replace(code=outcome.code or int(said))
+        if not self.exit_file.is_file():
+            return outcome
+        report = json.loads(self.exit_file.read_text())
+        return outcome._replace(
+            code=outcome.code or report["code"], said=outcome.said + (report.get("said") or "").rstrip()
+        )
 
     def run(self, *stages: str, verb: str = "run", also: Sequence[str] = (), **faults: int) -> Outcome:
         return self.start(*stages, verb=verb, also=also, **faults).wait()

@@ -138,7 +138,7 @@ def test_a_refusal_of_any_process_is_the_last_word(tmp_path: Path, monkeypatch: 
         raise Interrupted("Stopped by a signal", fix="Run the same command again.")
 
     monkeypatch.setattr(stages, "train", fail)
-    monkeypatch.setattr(devices, "process_group", lambda device: contextlib.nullcontext(0))
+    monkeypatch.setattr(devices, "process_group", lambda device, **_: contextlib.nullcontext(0))
     for name, value in {"EXIT_FILE": tmp_path / "exit.json", "HOME": tmp_path}.items():
         monkeypatch.setenv(f"NESTDIFF_{name}", str(value))
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "1"}.items():
