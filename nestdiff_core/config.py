@@ -312,7 +312,7 @@ class TrainConfig:
     )
     activation_checkpointing: bool = knob(
         False,
-        "Whether blocks are computed twice rather than remembered: much less memory, a third slower, the same result.",
+        "Whether blocks are computed twice rather than remembered: less memory, a forward pass more, the same result.",
         decides="never",
     )
     seed: int = knob(0, "Seed of initialisation, data order, noise and dropping.")

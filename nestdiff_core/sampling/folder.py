@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def write_folder(
     with ExitStack() as stack:
         writer = ArtifactWriter(folder, header)
         if rank() == 0:
-            check = lambda: _require_same(folder, header)  # noqa: E731
+            check = partial(_require_same, folder, header)
             writer = stack.enter_context(writing(folder, header, keep_parts=True, check=check))
             write_json(folder / REQUEST, _request(header))
         together()
