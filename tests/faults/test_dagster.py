@@ -272,8 +272,10 @@ class Services:
 
     def __init__(self, place: Place, port: int) -> None:
         self.place, self.port = place, port
-        recipe = subprocess.run(["make", "-n", "dev", f"PORT={port}"], cwd=REPOSITORY, capture_output=True, text=True)
+        make = ["make", "--no-print-directory", "-n", "dev", f"PORT={port}"]  # `make test` may be its parent
+        recipe = subprocess.run(make, cwd=REPOSITORY, capture_output=True, text=True, check=True)
         self.command = recipe.stdout.splitlines()[-1].partition("dagster ")[2].split()
+        assert self.command[0] == "dev", recipe.stdout
         self.process = place.dagster(*self.command)
         wait_for(self._answers, 90, "an answer of the web server")
 
