@@ -72,7 +72,7 @@ def from_dict(cls: type[C], data: Any, *, base: C | None = None, where: str = ""
                 key=path,
                 found=key,
                 expected=sorted(hints),
-                fix=f"{hint}The settings are documented in nestdiff_core/config.py.",
+                fix=f"{hint}The settings are documented in nestdiff_core/config/.",
             )
         old = getattr(base, key) if base is not None else None
         if key == "levels" and cls is ExperimentConfig:

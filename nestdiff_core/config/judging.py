@@ -1,0 +1,127 @@
+"""Sampling, the numbers that judge samples, and the searches that they steer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nestdiff_core.config.knobs import knob, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the cascade is sampled."""
+
+    sampler: Literal["dpm_solver_pp", "dpm_solver", "ddim", "ddpm"] = knob(
+        "dpm_solver_pp",
+        "dpm_solver_pp: DPM-Solver++ 2M; dpm_solver: the single-step solver of order 3 that the paper uses; ddim: "
+        "deterministic DDIM; ddpm: ancestral sampling.",
+    )
+    spacing: Literal["lambda", "time"] = knob(
+        "lambda", "Even steps in half the log signal-to-noise ratio, or in time (the paper, for dpm_solver)."
+    )
+    num_evaluations: int = knob(50, "Network evaluations per level (guidance doubles the batch, not this number).")
+    num_images: int = knob(1_000, "Images that the `samples` stage generates.")
+    batch_size: int = knob(250, "Images generated together; changes an image by rounding only.")
+    noise_gamma: float = knob(
+        0.0, "gamma: while sampling, a condition's noise variance is (t/T)^gamma sigma_m^2; inf is none."
+    )
+    noise_decay: Literal["variance", "deviation"] = knob(
+        "variance",
+        "Whether (t/T)^gamma scales the variance (the paper's text) or the standard deviation (its caption).",
+    )
+    noise_draw: Literal["call", "once"] = knob(
+        "call", "Whether a condition's noise is drawn anew at every network call or once for an image and level."
+    )
+    null_branch: Literal["all", "conditions"] = knob(
+        "all", "What guidance contrasts with: neither label nor conditions, or the label alone."
+    )
+    seed: int = knob(0, "Seed; image i depends on (seed, i) only.")
+    precision: Literal["float32", "bfloat16"] = knob(
+        "float32",
+        "Arithmetic of the denoisers: float32, or mixed precision, several times faster on a GPU; the solver's stays "
+        "float32.",
+        decides="if_changed",
+    )
+    compile: bool = knob(
+        False,
+        "Whether the denoisers are compiled (torch.compile): faster after a minute for each level, with other last "
+        "bits.",
+        decides="if_changed",
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("num_evaluations", "num_images", "batch_size"):
+            require(getattr(self, name) >= 1, f"sampling.{name}", ">= 1", getattr(self, name))
+        require(self.noise_gamma >= 0, "sampling.noise_gamma", ">= 0", self.noise_gamma)
+        require(self.seed >= 0, "sampling.seed", ">= 0", self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Which numbers are computed on the samples."""
+
+    extractors: tuple[str, ...] = knob(
+        ("encoder",), "Feature spaces of the Frechet distance: encoder (this experiment's own), pixels, inception."
+    )
+    reference: Literal["train", "held_out"] = knob("train", "The real images that samples are compared with.")
+    inception_weights: str = knob("", "For inception: a local .pth, or `download` to let torch-fidelity fetch it.")
+    num_neighbours: int = knob(3, "k of precision and recall.")
+    probe: bool = knob(False, "Judge the samples with a classifier trained on the real labelled images.")
+
+    def __post_init__(self) -> None:
+        require(self.num_neighbours >= 1, "evaluation.num_neighbours", ">= 1", self.num_neighbours)
+        known = ("encoder", "pixels", "inception")
+        for name in self.extractors:
+            require(name in known, "evaluation.extractors", f"each one of {known}", name)
+        if "inception" in self.extractors:
+            require(
+                bool(self.inception_weights),
+                "evaluation.inception_weights",
+                "a file or `download`",
+                self.inception_weights,
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LadderConfig:
+    """The oracle ladder, which tells the level that loses the quality (evaluation/ladder.py)."""
+
+    num_images: int = knob(1_000, "Held-out images whose true latents are given level by level, at most.")
+
+    def __post_init__(self) -> None:
+        require(self.num_images >= 2, "ladder.num_images", ">= 2", self.num_images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """A greedy search for one level's condition noise (sigma_l), the others held."""
+
+    level: int = knob(0, "Whose sigma is searched; 0 is no search.")
+    sigmas: tuple[float, ...] = knob((0.0, 0.5, 1.0, 1.5), "The candidates.")
+    metric: str = knob("fd_encoder", "The number of the evaluation that is to be small.")
+
+    def __post_init__(self) -> None:
+        require(self.level >= 0, "search.level", ">= 0", self.level)
+        require(
+            bool(self.sigmas) and min(self.sigmas) >= 0 and len(set(self.sigmas)) == len(self.sigmas),
+            "search.sigmas",
+            "different numbers >= 0",
+            self.sigmas,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DesignConfig:
+    """What `design` proposes levels for: how much each should tell the levels below it."""
+
+    nats: float = knob(200.0, "Information of the top level, 1/2 log(1 + 1/sigma^2) for each of its numbers.")
+    growth: float = knob(2.0, "How many times as much the next level tells (the paper's sizes grow by 2).")
+    variance: float = knob(0.9, "Share of the pooled features' variance that a level's channels keep at least.")
+    grids: tuple[int, ...] = knob((), "Sides of the grids to try; empty: 1, 2, 4, ... below the feature map's side.")
+
+    def __post_init__(self) -> None:
+        require(self.nats > 0, "design.nats", "> 0", self.nats)
+        require(self.growth >= 1, "design.growth", ">= 1", self.growth)
+        require(0 < self.variance < 1, "design.variance", "between 0 and 1", self.variance)
+        require(all(grid >= 1 for grid in self.grids), "design.grids", "numbers >= 1", self.grids)
