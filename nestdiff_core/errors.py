@@ -8,6 +8,8 @@ the builtin its meaning is closest to, so `except ValueError` in a notebook stil
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 EXIT_CODES = {
@@ -118,6 +120,29 @@ class Interrupted(NestdiffError):
     """Stopped by a signal after saving; the same command resumes."""
 
     code = 75
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a machine or a GPU has no memory left: Python's and pyarrow's MemoryError; torch and threads say it with
+    a RuntimeError."""
+    words = ("can't allocate memory", "can't start new thread", "out of memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(said in str(error) for said in words)
+    )
+
+
+@contextmanager
+def memory_faults(*, fix: str, **where: Any) -> Iterator[None]:
+    """Turn a lack of memory within the block into an EnvironmentFault; fix, where: its arguments."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, NestdiffError) or not out_of_memory(error):
+            raise
+        said = str(error).split("\n", 1)[0]
+        raise EnvironmentFault(
+            f"There is not enough memory ({said or type(error).__name__})", fix=fix, **where
+        ) from error
 
 
 def from_record(record: dict[str, Any]) -> NestdiffError:

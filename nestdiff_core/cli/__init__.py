@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from nestdiff_core.errors import EXIT_CODES, ConfigError, EnvironmentFault, Interrupted, NestdiffError
+from nestdiff_core.errors import EXIT_CODES, ConfigError, Interrupted, NestdiffError, memory_faults
 
 VERBS = ("run", "train", "sample", "search", "design", "inspect", "verify", "gc", "digest", "doctor")
 
@@ -65,15 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     try:
-        parsed = make_parser().parse_args(arguments)
-        return int(parsed.run(parsed))
+        with memory_faults(fix=_LESS):
+            parsed = make_parser().parse_args(arguments)
+            return int(parsed.run(parsed))
     except NestdiffError as error:
         return _refuse(error)
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
-            raise
-        said = str(error).split("\n", 1)[0]
-        return _refuse(EnvironmentFault(f"There is not enough memory ({said or type(error).__name__})", fix=_LESS))
     except KeyboardInterrupt:
         stopped = Interrupted("Stopped by the keyboard", fix="Run the same command again: finished work is kept.")
         print(stopped.to_json(), file=sys.stderr)
@@ -88,9 +84,3 @@ def _refuse(error: NestdiffError) -> int:
     print("".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error)), file=sys.stderr)
     print(error.to_json(), file=sys.stderr, flush=True)
     return error.code
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Python's own and pyarrow's MemoryError; torch and threads say it with a RuntimeError."""
-    words = ("can't allocate memory", "can't start new thread", "out of memory")
-    return isinstance(error, MemoryError) or any(said in str(error) for said in words)

@@ -32,7 +32,7 @@ from nestdiff_core.diffusion.samplers import (
     time_grid,
 )
 from nestdiff_core.diffusion.schedule import make_schedule
-from nestdiff_core.errors import ConfigError, NumericsError
+from nestdiff_core.errors import ConfigError, NumericsError, memory_faults
 from nestdiff_core.precision import autocast
 from nestdiff_core.progress import Progress, silent
 
@@ -71,7 +71,15 @@ def sample_cascade(
         batch_labels = None if labels is None else batch.spread(labels)
         for level in result:
             if level not in given:
-                latents[level] = sampler.sample(level, latents, batch_labels, batch)
+                with memory_faults(
+                    stage="samples",
+                    level=level,
+                    key="sampling.batch_size",
+                    found=f"{batch.size} images at once",
+                    fix="Lower sampling.batch_size, which changes images by rounding only, and run the same command "
+                    "again.",
+                ):
+                    latents[level] = sampler.sample(level, latents, batch_labels, batch)
             result[level][batch.places] = batch.gather(latents[level], level)
         finished += len(batch.places)
         (progress or silent)(finished, len(indices), "sampling")

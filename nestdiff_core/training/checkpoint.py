@@ -9,6 +9,7 @@ Loading never executes code: safetensors and JSON only.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -19,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn, optim
 
@@ -35,6 +37,7 @@ from nestdiff_core.files import (
 )
 
 STATE = "state.json"
+logger = logging.getLogger("nestdiff")
 
 
 class CheckpointWriter:
@@ -96,8 +99,13 @@ class CheckpointWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._pool.shutdown(wait=True)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        if kind is None:
+        if error is None:
             self.wait()
+            return
+        try:
+            self.wait()
+        except Exception as unwritten:
+            logger.warning("The last checkpoint could not be written, either: %s", unwritten)
 
     def _copy(self, part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         copies = {}
@@ -193,6 +201,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         for part in ("model", "ema", "optimizer")
         for name, value in load_file(path / f"{part}.safetensors").items()
     }
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a checkpoint's weights by name, without reading them."""
+    with safe_open(path / "model.safetensors", framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no mapping
 
 
 def restore(

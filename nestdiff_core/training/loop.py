@@ -13,21 +13,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nestdiff_core.config import ExperimentConfig, TrainConfig
+from nestdiff_core.config_io import deciding
 from nestdiff_core.diffusion.loss import level_loss
 from nestdiff_core.diffusion.schedule import NoiseSchedule, make_schedule
 from nestdiff_core.encoders.weights import read_weights
-from nestdiff_core.errors import ConfigError, Interrupted, NumericsError
+from nestdiff_core.errors import ConfigError, Interrupted, NumericsError, memory_faults
 from nestdiff_core.models.nested import build_denoiser, count_macs
 from nestdiff_core.precision import autocast, matrix_precision
 from nestdiff_core.progress import Progress, silent
@@ -41,6 +42,7 @@ from nestdiff_core.training.checkpoint import (
     read_checkpoint,
     read_tensors,
     restore,
+    shapes,
 )
 from nestdiff_core.training.data import Batch, BatchOrder, Draws, LatentBatches, draw
 from nestdiff_core.training.report import (
@@ -154,11 +156,11 @@ class Trainer:
         with group.together():
             if group.first_here():
                 found = load_latest(self.folder, warn=self.warn, level=self.level, expected=expected)
+            if found is None and self.train.fork_from and self.rank == 0:
+                found = self._fork(Path(self.train.fork_from).expanduser())
         path, mine = (None, None) if found is None else found
         source, state = group.from_newest(-1 if mine is None else mine["step"], mine)
         if state is None:
-            if self.train.fork_from:
-                self._fork(Path(self.train.fork_from).expanduser())
             return
         with group.together():
             tensors = read_tensors(path) if path is not None and source == self.rank else {}
@@ -167,36 +169,32 @@ class Trainer:
         self.step, self.skipped, self.history = state["step"], state.get("skipped", 0), state["history"]
         self.window = Window.restored(state.get("window", {}))
 
-    def _fork(self, path: Path) -> None:
-        """Begin with the state of another denoiser's checkpoint."""
+    def _fork(self, path: Path) -> tuple[Path, dict[str, Any]]:
+        """The checkpoint of another denoiser, as if it were the newest of this one that has no history yet."""
+        refusal = partial(ConfigError, stage="denoiser", level=self.level, key="levels.train.fork_from", path=path)
         if not (path / STATE).is_file():
-            raise ConfigError(
+            raise refusal(
                 "levels.train.fork_from is not a checkpoint",
-                stage="denoiser",
-                level=self.level,
-                key="levels.train.fork_from",
-                path=path,
                 expected="a folder step_NNNNNNNN",
                 fix="Correct the path, or leave it out.",
             )
         state = read_checkpoint(path, level=self.level)
-        theirs = {name: tuple(value.shape) for name, value in load_file(path / "model.safetensors").items()}
+        theirs = {**shapes(path), "diffusion": state["config"]["diffusion"], "step": state["step"]}
         ours = {name: tuple(value.shape) for name, value in self.weights.items()}
-        differing = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
-        if differing or state["step"] >= self.train.num_steps:
-            name = differing[0] if differing else "step"
-            raise ConfigError(
+        ours |= {"diffusion": deciding(self.config.diffusion), "step": f"below num_steps = {self.train.num_steps}"}
+        same = {name for name in ours if ours[name] == theirs.get(name)}
+        if state["step"] < self.train.num_steps:
+            same.add("step")
+        if differing := sorted((ours.keys() | theirs) - same):
+            name = differing[0]
+            raise refusal(
                 "This checkpoint cannot be gone on from",
-                stage="denoiser",
-                level=self.level,
-                key="levels.train.fork_from",
-                path=path,
-                expected={name: ours.get(name, f"below num_steps = {self.train.num_steps}")},
-                found={name: theirs.get(name, state["step"])},
-                fix="Name a checkpoint of a denoiser with the same network, from before levels.train.num_steps.",
+                expected={name: ours.get(name)},
+                found={name: theirs.get(name)},
+                fix="Name a checkpoint of a denoiser with the same network and diffusion process, from before "
+                "levels.train.num_steps.",
             )
-        restore(read_tensors(path), model=self.model, ema=self.ema, optimizer=self.optimizer)
-        self.step = state["step"]
+        return path, {"step": state["step"], "history": []}
 
     def learning_rate(self, step: int) -> float:
         """Rate of `step` (from 0): a linear warm-up that reaches lr, then constant or a cosine to zero."""
@@ -395,7 +393,17 @@ class Trainer:
         """
         end = self.train.num_steps if until_step is None else min(self.train.num_steps, until_step)
         saved, asked, pending = self.step, False, None
+        share = self.train.batch_size // (self.world_size * self.train.accumulation_steps)
         with (
+            memory_faults(
+                stage="denoiser",
+                level=self.level,
+                key="levels.train.batch_size",
+                found=f"{share} images at once in each process",
+                fix=f"Double levels.train.accumulation_steps (now {self.train.accumulation_steps}), set levels.train."
+                "activation_checkpointing: true, or take more processes: the result stays the same. Then run the same "
+                "command again.",
+            ),
             matrix_precision(self.train.precision),
             closing(self.order),
             self.checkpoints,
@@ -408,10 +416,12 @@ class Trainer:
                 report = self.train_step(batches(self.step), stop=stop())
                 at_log = self.step % self.train.log_every == 0 or self.step == self.train.num_steps
                 at_save = self.step % self.train.checkpoint_every == 0
-                due = at_log or at_save or self.step == end or not self.runs_ahead
-                for done in [pending, report] if due else [pending]:
-                    asked |= done is not None and self.settle(done).stop
-                pending = None if due else report
+                if pending is not None:
+                    asked |= self.settle(pending).stop
+                pending = report
+                if at_log or at_save or self.step == end or not self.runs_ahead:
+                    asked |= self.settle(pending).stop
+                    pending = None
                 shown = {}
                 if at_log:
                     log(self._log(batches.waited - waited))

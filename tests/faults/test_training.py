@@ -188,16 +188,34 @@ def test_nothing_that_is_read_is_run(forks: Forks, pipeline: Pipeline, tmp_path:
     assert canary.is_dir()  # it would have
 
 
-def test_a_loss_that_explodes(forks: Forks, pipeline: Pipeline, tmp_path: Path) -> None:
-    """Exit code 6 with level, step and cure, and the checkpoints from before stay."""
+def with_settings(pipeline: Pipeline, folder: Path, **settings: Any) -> Pipeline:
+    """The same pipeline, with other settings of level 2's training."""
     plain = json.loads(pipeline.experiment.read_text())
     plain["images"]["path"] = str(pipeline.experiment.parent / "photos")
-    experiment = tmp_path / "hot.yaml"
-    hot = {**STEPS, "num_steps": 400, "lr": 1e9, "warmup_steps": 300, "grad_clip": 0}
-    experiment.write_text(json.dumps({**plain, "levels.2.train": hot}))
-    outcome = Pipeline(forks, experiment, pipeline.home).train()
+    experiment = folder / "other.yaml"
+    experiment.write_text(json.dumps({**plain, "levels.2.train": {**STEPS, **settings}}))
+    return Pipeline(pipeline.forks, experiment, pipeline.home)
+
+
+def test_a_loss_that_explodes(pipeline: Pipeline, tmp_path: Path) -> None:
+    """Exit code 6 with level, step and cure, and the checkpoints from before stay."""
+    hot = {"num_steps": 400, "lr": 1e9, "warmup_steps": 300, "grad_clip": 0}
+    outcome = with_settings(pipeline, tmp_path, **hot).train()
     assert outcome.code == 6 and "Traceback" not in outcome.said, outcome.said
     assert outcome.refusal["level"] == 2 and "levels.train.lr" in outcome.refusal["fix"]
+
+
+def test_a_batch_that_does_not_fit_into_memory(pipeline: Pipeline, tmp_path: Path) -> None:
+    """Exit code 5 with the level, the number of images and cures that change no result; the first of them works."""
+    large = {"num_steps": 1, "batch_size": 2**15}
+    outcome = with_settings(pipeline, tmp_path, **large).train(memory=1_200 * 2**20)
+    assert outcome.code == 5 and "Traceback" not in outcome.said, outcome.said
+    refusal = outcome.refusal
+    assert refusal["level"] == 2 and "memory" in refusal["error"]
+    assert refusal["found"] == "32768 images at once in each process"
+    assert "levels.train.accumulation_steps (now 1)" in refusal["fix"]
+    outcome = with_settings(pipeline, tmp_path, **large, accumulation_steps=512).train(memory=1_200 * 2**20)
+    assert outcome.code == 0, outcome.said
 
 
 # --- the command itself -------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nestdiff_core.config import ConditioningConfig, DiffusionConfig, ExperimentConfig
+from nestdiff_core.config_io import deciding
 from nestdiff_core.diffusion.schedule import VPSchedule
 from nestdiff_core.errors import ConfigError, EnvironmentFault, IntegrityError, Interrupted, NumericsError
 from nestdiff_core.recipes import toy
@@ -66,19 +67,20 @@ def trainer(
     config: ExperimentConfig | None = None,
     warnings: list[str] | None = None,
     num_held_out: int = 8,
+    device: str = "cpu",
 ) -> Trainer:
     assert batches.labels is not None
-    rows = np.arange(len(batches.labels))
+    rows, config = np.arange(len(batches.labels)), config or config_with()
     return Trainer(
-        config or config_with(),
+        config,
         1,
         batches,
         train_rows=rows[:-num_held_out],
         held_out_rows=rows[-num_held_out:],
         num_classes=10,
         folder=folder,
-        device=torch.device("cpu"),
-        record={},
+        device=torch.device(device),
+        record={"config": {"diffusion": deciding(config.diffusion)}},
         warn=(warnings or []).append,
     )
 
@@ -304,13 +306,21 @@ def test_checkpointed_activations_change_no_bit(batches: LatentBatches, tmp_path
 
 
 def test_bfloat16_follows_float32(batches: LatentBatches, tmp_path: Path) -> None:
-    """The loss of each line within 3 %, from other bits, with weights, EMA and optimiser in float32."""
-    exact, mixed = (
-        trainer(batches, tmp_path / name, config_with(precision=name, num_steps=60, log_every=20, lr=1e-3))
-        for name in ("float32", "bfloat16")
+    """The loss of each line within 3 %, from other bits, with weights, EMA and optimiser in float32; blocks that are
+    computed twice are computed in bfloat16 twice, to the bit."""
+    exact, mixed, twice = (
+        trainer(batches, tmp_path / str(i), config_with(num_steps=60, log_every=20, lr=1e-3, **how))
+        for i, how in enumerate(
+            (
+                {"precision": "float32"},
+                {"precision": "bfloat16"},
+                {"precision": "bfloat16", "activation_checkpointing": True},
+            )
+        )
     )
-    for t in (exact, mixed):
+    for t in (exact, mixed, twice):
         t.run()
+    assert state_hash(twice) == state_hash(mixed)
     for line, expected in zip(mixed.history, exact.history, strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=0.03) and line["loss"] != expected["loss"]
     slots = [value for state in mixed.optimizer.state.values() for value in state.values()]
@@ -327,7 +337,13 @@ from test_loop import config_with, make_batches, trainer
 folder = Path(sys.argv[2])
 batches, told = make_batches(folder, 48), {}
 for name in ("eager", "compiled"):
-    config = config_with(compile=name == "compiled", checkpoint_every=3, log_every=3, activation_checkpointing=True)
+    config = config_with(
+        compile=name == "compiled",
+        checkpoint_every=3,
+        log_every=3,
+        activation_checkpointing=True,
+        accumulation_steps=2,
+    )
     t = trainer(batches, folder / name, config)
     t.run(until_step=3)
     graphs = counters["stats"]["unique_graphs"]
@@ -478,7 +494,7 @@ def optimizer_slots(t: Trainer) -> list[torch.Tensor]:
 
 def test_a_fork_goes_on_with_other_settings(batches: LatentBatches, tmp_path: Path) -> None:
     """From another denoiser's checkpoint: its weights, moving average, optimiser and step, but its own learning rate;
-    one with another network is refused by the name of what differs."""
+    one with another network, or for another diffusion process, is refused by the name of what differs."""
     first = trainer(batches, tmp_path / "a")
     first.run(until_step=10)
     source = str(list_checkpoints(tmp_path / "a")[-1])
@@ -497,6 +513,11 @@ def test_a_fork_goes_on_with_other_settings(batches: LatentBatches, tmp_path: Pa
     with pytest.raises(ConfigError, match="fork_from") as caught:
         trainer(batches, tmp_path / "c", other)
     assert "out_blocks" in str(caught.value) or "in_blocks" in str(caught.value)
+    other = dataclasses.replace(config_with(fork_from=source), diffusion=DiffusionConfig(prediction="v"))
+    with pytest.raises(ConfigError, match=r"expected \{'diffusion': .*'v'.*found \{'diffusion': .*'eps'"):
+        trainer(batches, tmp_path / "c", other)
+    with pytest.raises(ConfigError, match=r"expected \{'step': 'below num_steps = 10'\}, found \{'step': 10\}"):
+        trainer(batches, tmp_path / "c", config_with(fork_from=source, num_steps=10, checkpoint_every=10))
 
 
 def test_a_fork_from_nowhere_is_refused_by_its_name(batches: LatentBatches, tmp_path: Path) -> None:
@@ -692,6 +713,26 @@ def test_batches_on_a_gpu_are_the_same(batches: LatentBatches, tmp_path: Path) -
         for step in range(20):
             made, expected = tensors(ahead(step)), tensors(t.batch(step))
             assert all(made[name].is_cuda and torch.equal(made[name].cpu(), expected[name]) for name in expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_gpu_trains_as_the_cpu_does(batches: LatentBatches, tmp_path: Path, precision: str) -> None:
+    """The same losses to rounding, an exploded step that is left out, and a resume that changes no bit."""
+    config = config_with(precision=precision, num_steps=20, log_every=5, checkpoint_every=5)
+    on_cpu, on_gpu = (trainer(batches, tmp_path / d, config, device=d) for d in ("cpu", "cuda"))
+    on_gpu.run(until_step=10)
+    on_gpu = trainer(batches, tmp_path / "cuda", config, device="cuda")
+    assert on_gpu.step == 10
+    for t in (on_cpu, on_gpu):
+        t.run()
+    mine, theirs = ([line["loss"] for line in t.history] for t in (on_cpu, on_gpu))
+    assert theirs == pytest.approx(mine, rel=1e-4 if precision == "float32" else 0.03)
+    before = {name: value.clone() for name, value in on_gpu.weights.items()}
+    batch = on_gpu.batch(0)
+    batch.latents[1].fill_(float("nan"))
+    assert on_gpu.train_step(batch).read().exploded
+    assert all(torch.equal(value, before[name]) for name, value in on_gpu.weights.items())
 
 
 def tensors(batch: Batch) -> dict[str, torch.Tensor]:
