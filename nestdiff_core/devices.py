@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from nestdiff_core.errors import ConfigError, EnvironmentFault
+from nestdiff_core.training.launch import meeting_point
 
 
 def choose_device(name: str) -> str:
@@ -49,11 +50,16 @@ def process_group(device: str, *, patience: timedelta | None = None) -> Iterator
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield 0
         return
+    where = {
+        "init_method": meeting_point(),
+        "rank": int(os.environ["RANK"]),
+        "world_size": int(os.environ["WORLD_SIZE"]),
+    }
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=torch.device(device), timeout=patience)
+        dist.init_process_group("nccl", device_id=torch.device(device), timeout=patience, **where)
     else:
-        dist.init_process_group("gloo", timeout=patience)
+        dist.init_process_group("gloo", timeout=patience, **where)
     try:
         yield dist.get_rank()
     except BaseException:

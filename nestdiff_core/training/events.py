@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -20,6 +21,7 @@ class EventFiles:
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
+            _in_a_second_of_its_own(folder)
             self._writer = SummaryWriter(str(folder), purge_step=after + 1 if after else None)
 
     def __call__(self, line: Line) -> None:
@@ -35,3 +37,12 @@ class EventFiles:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def _in_a_second_of_its_own(folder: Path) -> None:
+    """Wait for one. TensorBoard reads files in the order of their names, which begin with the second; of two from the
+    same one the later may come first, and what it hides is then what was written before."""
+    for _ in range(25):
+        if not any(folder.glob(f"events.out.tfevents.{int(time.time())}.*")):
+            return
+        time.sleep(0.05)

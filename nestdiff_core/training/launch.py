@@ -34,6 +34,7 @@ from nestdiff_core.errors import ConfigError, EnvironmentFault, Interrupted
 
 EXIT_FILE = "NESTDIFF_EXIT_FILE"
 DIE_WITH_PARENT = "NESTDIFF_DIE_WITH_PARENT"
+MEETING = "NESTDIFF_MEETING"
 GRACE_SECONDS = 35.0  # a trainer saves within 15, torchrun ends its workers after 30, Dagster waits 45
 LOOK_SECONDS = 60.0  # how long an agent looks for the meeting point before its parent starts it again
 STOP = "stop"  # file beside the exit file: this host was asked to stop
@@ -126,10 +127,10 @@ def run_torchrun(command: Sequence[str], *, num_processes: int, hosts: Hosts | N
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # before the agent is: its children become ours when it is killed
     with tempfile.TemporaryDirectory(prefix="nestdiff-") as folder:
         exit_file, lost_file = Path(folder) / "exit.json", Path(folder) / "agent.json"
-        meeting, environment = ([], {}) if hosts is None else hosts.options()
+        meeting, environment = _one_host(Path(folder)) if hosts is None else hosts.options()
         agent = [
             *(sys.executable, "-m", "torch.distributed.run"),
-            *(meeting or ["--standalone"]),
+            *meeting,
             f"--nproc-per-node={num_processes}",
             f"--max-restarts={restarts}",
             *("-m", "nestdiff_core", *command),
@@ -174,6 +175,25 @@ def run_torchrun(command: Sequence[str], *, num_processes: int, hosts: Hosts | N
             print(f"The host of the meeting point is gone or not there yet ({lost}). Joining again.", file=sys.stderr)
             lost_file.unlink()
             time.sleep(1.0)
+
+
+def _one_host(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """Options of torchrun, and its environment, for processes of this machine only.
+
+    They meet in files of a folder that is this user's own. torch's network stores (as of --standalone) would listen on
+    every interface, and unpickle what anybody sends them.
+    """
+    options = ["--rdzv-backend=c10d", f"--rdzv-endpoint={folder / 'agent'}", "--rdzv-conf=store_type=file"]
+    loopback = {name: os.environ.get(name) or "lo" for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
+    return [*options, "--rdzv-id=one-host"], {MEETING: str(folder), **(loopback if sys.platform == "linux" else {})}
+
+
+def meeting_point() -> str | None:
+    """For torch.distributed.init_process_group: the file in which processes of one host meet; None: by torchrun's
+    address. Another one each time that torchrun starts them again."""
+    if MEETING not in os.environ:
+        return None
+    return f"file://{os.environ[MEETING]}/workers-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from processes import wait_for
 
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.recipes import load_experiment
@@ -101,15 +102,6 @@ class Level:
                 variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
                 ranks |= {int(v[5:]): pid for v in variables if v.startswith(b"RANK=")}
         return [ranks[rank] for rank in sorted(ranks)]
-
-
-def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if value := condition():
-            return value
-        time.sleep(0.05)
-    raise AssertionError(f"{what} did not happen within {seconds} s")
 
 
 # --- hosts --------------------------------------------------------------------------------------------------------

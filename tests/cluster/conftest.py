@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clusters import Host, Level, Slurm, ip, wait_for
+from clusters import Host, Level, Slurm, ip
+from processes import wait_for
 
 INPUTS = ("images", "encoder", "features", "moments", "svd_basis", "latents")
 

@@ -7,7 +7,8 @@ import signal
 import time
 from pathlib import Path
 
-from clusters import Command, Host, Level, wait_for
+from clusters import Command, Host, Level
+from processes import wait_for
 
 PORT = 29512
 TOGETHER = ("--hosts=2", "--processes=1")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
-from clusters import Command, Level, Slurm, wait_for
+from clusters import Command, Level, Slurm
+from processes import wait_for
 
 from pipelines.definitions import build_definitions
 

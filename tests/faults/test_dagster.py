@@ -10,31 +10,25 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
 from harness import REPOSITORY
+from processes import listening, parent, wait_for
 
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.recipes import load_experiment, toy
+from nestdiff_core.training.launch import GRACE_SECONDS
 from pipelines.definitions import build_definitions
 from pipelines.recover import PROCESS
 
 CANARY = "canary-5ecret-that-nobody-may-write-down"
+ENDED = GRACE_SECONDS + 5
 MADE = ("images", "encoder", "features", "moments", "svd_basis", "latents")
 FAILURE, STARTED, CANCELED = (getattr(dg.DagsterRunStatus, name) for name in ("FAILURE", "STARTED", "CANCELED"))
-
-
-def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if value := condition():
-            return value
-        time.sleep(0.1)
-    raise AssertionError(f"{what} did not happen within {seconds} s")
 
 
 class Place:
@@ -132,7 +126,7 @@ def said(instance: dg.DagsterInstance, run_id: str) -> str:
 
 
 def test_a_training_killed_at_every_link(place: Place) -> None:
-    """kill -9 of `dagster job execute`: nobody is left within ten seconds. The next run marks it, frees its slot and
+    """kill -9 of `dagster job execute`: nobody is left GRACE_SECONDS later. The next run marks it, frees its slot and
     resumes; its worker, agent and parent are killed and started again; a SIGTERM saves and ends it."""
     with dg.DagsterInstance.get() as instance:
         instance.get_runs()  # the tables are made once, by one process
@@ -143,7 +137,7 @@ def test_a_training_killed_at_every_link(place: Place) -> None:
         assert run.tags[PROCESS].split(" pid ")[1].startswith(f"{first.pid} ")
         first.kill()
         first.wait()
-        wait_for(lambda: not place.trainers(), 10, "the end of every trainer")
+        wait_for(lambda: not place.trainers(), ENDED, "the end of every trainer")
         assert instance.get_runs()[0].status is STARTED and slots(instance) == {run.run_id}
 
         reached = place.newest_step()
@@ -163,7 +157,7 @@ def test_a_training_killed_at_every_link(place: Place) -> None:
         place.trains_on()
         assert instance.get_runs()[0].status is STARTED
         second.send_signal(signal.SIGTERM)
-        second.wait(timeout=20)
+        second.wait(timeout=ENDED)
         assert not place.trainers() and slots(instance) == set()
         assert f"Stopped by a signal after step {place.newest_step()}" in said(instance, again.run_id)
         steps = [step for step, _ in losses(instance, again.run_id)]
@@ -316,28 +310,9 @@ def services(place: Place) -> Services:
     return Services(place, 30_000 + os.getpid() % 10_000)
 
 
-def parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-def listening(pids: list[int]) -> set[str]:
-    """Addresses, in hexadecimal, on which these processes accept connections."""
-    sockets = set()
-    for pid in pids:
-        for handle in Path(f"/proc/{pid}/fd").iterdir():
-            try:
-                sockets.add(os.readlink(handle))
-            except OSError:
-                continue
-    lines = [
-        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
-    ]
-    return {line[1] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in sockets}
-
-
 def test_stopped_and_killed_from_the_web_ui(place: Place, services: Services) -> None:
     """Stop saves and ends within seconds, as CANCELED. kill -9 of the run's process, of the daemon and of the code
-    server: no trainer lives ten seconds later without a run that says so, slots are freed within two minutes. The
+    server: no trainer lives GRACE_SECONDS later without a run that says so, slots are freed within two minutes. The
     services listen on this machine only, and a secret of the environment is in no file."""
     with dg.DagsterInstance.get() as instance:
 
@@ -349,9 +324,10 @@ def test_stopped_and_killed_from_the_web_ui(place: Place, services: Services) ->
         stopped = services.launch()
         (address,) = listening([pid for pid in place.processes() if pid not in place.trainers()])
         assert address == f"0100007F:{services.port:04X}"
+        assert listening(place.trainers()) == set()
         began = time.monotonic()
         services.ask(TERMINATE, run=stopped)
-        wait_for(lambda: status(stopped) is CANCELED and not place.trainers(), 20, "the end after a stop")
+        wait_for(lambda: status(stopped) is CANCELED and not place.trainers(), ENDED, "the end after a stop")
         assert slots(instance) == set()
         print(f"stopped after {time.monotonic() - began:.1f} s")
         assert f"Stopped by a signal after step {place.newest_step()}" in said(instance, stopped)
@@ -361,14 +337,14 @@ def test_stopped_and_killed_from_the_web_ui(place: Place, services: Services) ->
         workers = place.processes("spawn_main")
         (worker,) = [w for w in workers if parent(w) == server]
         os.kill(worker, signal.SIGKILL)
-        wait_for(lambda: not place.trainers(), 10, "the end of every trainer")
-        wait_for(lambda: status(killed) is FAILURE and not slots(instance), 60, "the mark, and the slot")
+        wait_for(lambda: not place.trainers(), ENDED, "the end of every trainer")
+        wait_for(lambda: status(killed) is FAILURE and not slots(instance), 120, "the mark, and the slot")
 
         left = services.launch()
         os.kill(place.processes("dagster._daemon")[0], signal.SIGKILL)
         os.kill(server, signal.SIGKILL)
-        wait_for(lambda: not place.trainers(), 15, "the end of every trainer")
-        wait_for(lambda: status(left) is FAILURE and not slots(instance), 20, "the mark, and the slot")
+        wait_for(lambda: not place.trainers(), ENDED, "the end of every trainer")
+        wait_for(lambda: status(left) is FAILURE and not slots(instance), 120, "the mark, and the slot")
     place.end()
     files = [path for path in place.folder.rglob("*") if path.is_file()]
     assert len(files) > 50

@@ -23,9 +23,9 @@ from harness import (
     assert_recovered,
     committed,
     make_first,
-    wait_for,
     write_pipeline,
 )
+from processes import wait_for
 
 KILLS = int(os.environ.get("NESTDIFF_STORM_KILLS", "50"))  # of each stage
 SOME = range(20, 380, 60)  # of some 350 changes that the run makes to the disk

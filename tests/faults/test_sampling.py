@@ -27,9 +27,9 @@ from harness import (
     assert_recovered,
     committed,
     contents,
-    wait_for,
     write_pipeline,
 )
+from processes import wait_for
 from safetensors.torch import load_file, save_file
 
 from nestdiff_core import stages

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import KILLED, REPOSITORY, Forks, Pipeline, wait_for, write_pipeline
+from harness import KILLED, REPOSITORY, Forks, Pipeline, write_pipeline
+from processes import wait_for
 
 from nestdiff_core.cli.digest import experiment_digests
 from nestdiff_core.experiment import Ref

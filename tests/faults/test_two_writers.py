@@ -6,7 +6,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from harness import KILLED, Child, Pipeline, assert_recovered, committed, make_first, wait_for
+from harness import KILLED, Child, Pipeline, assert_recovered, committed, make_first
+from processes import wait_for
 
 from nestdiff_core.errors import LockHeld
 from nestdiff_core.experiment import Ref

@@ -6,18 +6,17 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import wait_for
 
 from nestdiff_core.stores import page_cache
 from nestdiff_core.stores.page_cache import available_memory, shuffled_reads
 from nestdiff_core.stores.reader import StoreReader
 from nestdiff_core.stores.writer import create_store, write_shard
 
-SECONDS = 30
 ROWS, ROW = 2048, (2, 4, 32, 32)  # 32 MiB a shard, four times the largest readahead window seen
 
 
@@ -54,13 +53,6 @@ def forget(files: list[Path]) -> None:
         pytest.skip("this file system does not drop pages when asked")
 
 
-def wait_for(condition: Callable[[], bool]) -> bool:
-    end = time.monotonic() + SECONDS
-    while not (met := condition()) and time.monotonic() < end:
-        time.sleep(0.02)
-    return met
-
-
 def threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "bringing in"]
 
@@ -80,7 +72,7 @@ def test_a_store_that_fits_comes_into_memory(store: Path, monkeypatch: pytest.Mo
         time.sleep(0.2)
         assert max(map(resident, files)) < 0.1
     with shuffled_reads([reader]):
-        assert wait_for(lambda: min(map(resident, files)) == 1.0)
+        wait_for(lambda: min(map(resident, files)) == 1.0)
 
 
 def test_a_store_that_does_not_fit_stays_on_the_disk(

@@ -7,12 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import listening, wait_for
 
 from nestdiff_core.cli.digest import experiment_digests
 from nestdiff_core.experiment import Experiment, Ref
@@ -47,15 +46,6 @@ def start(experiment: Experiment, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if value := condition():
-            return value
-        time.sleep(0.05)
-    raise AssertionError(f"{what} did not happen within {seconds} s")
 
 
 def checkpoints(experiment: Experiment) -> list[str]:
@@ -107,6 +97,20 @@ def test_stops_and_kills_do_not_change_the_result(
     assert start(long_run).wait(timeout=120) == 0
     assert denoiser_digests(long_run) == denoiser_digests(reference)
     assert None not in denoiser_digests(long_run).values()
+
+
+def test_nobody_else_is_listened_to(long_run: Experiment) -> None:
+    """Two processes of one machine, and torchrun above them, accept connections from this machine only."""
+    endless = with_steps(long_run.root, 1_000_000)
+    both = start(endless, "--processes=2")
+    try:
+        wait_for(lambda: checkpoints(endless), 60, "a first checkpoint")
+        addresses = listening(our_processes(endless))
+        assert addresses and {address.split(":")[0] for address in addresses} == {"0100007F"}
+    finally:
+        both.send_signal(signal.SIGTERM)
+        both.communicate(timeout=30)
+    assert both.returncode == 75
 
 
 def test_a_second_launch_is_refused_while_the_first_lives(long_run: Experiment) -> None:

@@ -1,0 +1,37 @@
+"""What tests ask of processes other than their own."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 30.0, what: str = "what is waited for") -> Any:
+    """The first true value of `condition`; fails after `seconds`."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, f"{what} did not happen within {seconds} s"
+        time.sleep(0.002)
+    return value
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def listening(pids: Iterable[int]) -> set[str]:
+    """Addresses, in hexadecimal, on which these processes accept connections."""
+    sockets = set()
+    for pid in pids:
+        for handle in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                sockets.add(os.readlink(handle))
+            except OSError:
+                continue
+    lines = [
+        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    return {line[1] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in sockets}
