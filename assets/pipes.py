@@ -37,6 +37,7 @@ class TrainerMessages(dg.PipesMessageReader):
         """One message of our own, from the thread that reads them."""
         match message:
             case {"numbers": dict(numbers)}:
+                self.refusal = None  # of a job before this one, which a time limit of Slurm's had stopped
                 shown = {name: _short(value) for name, value in numbers.items() if math.isfinite(value)}
                 self.context.log_event(dg.AssetObservation(self.context.asset_key, metadata=shown))
             case {"refusal": dict(refusal)}:

@@ -47,6 +47,7 @@ SEALED = "artifact.tar"
 FETCHING = ".fetching.lock"
 STORE_METADATA = "store.zarr/"
 UNFINISHED: dict[str, Any] = {"source": "unfinished", "files": {}}
+LARGE = 64 * 2**20  # bytes: what is larger is not packed, as it would have to fit into memory
 TAKE_OVER_SECONDS = 60.0  # between the first file of a part and its record lies only the upload of the others
 
 
@@ -100,7 +101,8 @@ class Mirror:
                 path=f"{self.remote.url}/{self._key(path, SEALED)}",
                 fix="Remove it from object storage, and materialise its stage again.",
             ) from error
-        for name in (*(n for n in manifest["files"] | manifest["beside"] if n in files), MANIFEST):
+        large = {name: record for name, record in _small_files(manifest).items() if name not in files}
+        for name in (*large, *(n for n in manifest["files"] | manifest["beside"] if n in files), MANIFEST):
             if ".." in Path(name).parts or Path(name).is_absolute():
                 raise IntegrityError(
                     f"{SEALED} names a file outside of the artifact",
@@ -108,7 +110,16 @@ class Mirror:
                     key=name,
                     fix="Do not use this storage.",
                 )
-            write_bytes(path / name, files[name])
+            if name in large:
+                self.remote.fetch(self._large(path, large[name]), path / name)
+                check_file(path / name, large[name])
+            else:
+                write_bytes(path / name, files[name])
+
+    def _large(self, path: Path, record: dict[str, Any]) -> str:
+        """Key of a large file: by what it holds, so that machines that make the same artifact at once do not overwrite
+        each other's."""
+        return self._key(path, f"large/{record['sha256']}")
 
     def publish(self, path: Path, manifest: dict[str, Any], *, replace: bool = False) -> bool:
         """Put the sealed artifact of `path` into object storage; where another machine's stands already, take that one.
@@ -129,6 +140,9 @@ class Mirror:
                     self.remote.replace(self._key(path, name), local)
             elif name.startswith(STORE_METADATA):  # so that other tools can open the store
                 self.remote.replace(self._key(path, name), local)
+        for name, record in _small_files(manifest).items():
+            if record["size"] > LARGE and self.remote.size(self._large(path, record)) != record["size"]:
+                self.remote.replace(self._large(path, record), path / name)
         packed = _pack(path, manifest)
         if replace:
             self.remote.replace(self._key(path, SEALED), packed)
@@ -233,17 +247,22 @@ class Mirror:
             yield
 
 
+def _small_files(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Records of all files of an artifact that are not shards, those beside it included."""
+    beside = {name: record for name, record in manifest["beside"].items() if record is not None}
+    return {name: record for name, record in (manifest["files"] | beside).items() if not is_bulk(name)}
+
+
 def _pack(path: Path, manifest: dict[str, Any]) -> bytes:
-    """The manifest, first, and all small files of an artifact as a tar."""
+    """The manifest, first, and all files of an artifact that are neither shards nor large, as a tar."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        beside = [name for name, record in manifest["beside"].items() if record is not None]
-        for name in (MANIFEST, *manifest["files"], *beside):
-            if not is_bulk(name):
-                data = (path / name).read_bytes()
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+        small = [name for name, record in _small_files(manifest).items() if record["size"] <= LARGE]
+        for name in (MANIFEST, *small):
+            data = (path / name).read_bytes()
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
     return buffer.getvalue()
 
 

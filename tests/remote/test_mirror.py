@@ -216,8 +216,12 @@ def test_a_small_disk_is_enough(machines: Machines, monkeypatch: pytest.MonkeyPa
     assert 0 < size_here(features) <= 1.2 * shard
 
 
-def test_two_machines_make_the_same_artifact(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Encoders with other bits, made at the same time: the one sealed first is everybody's."""
+@pytest.mark.parametrize("packed", [True, False])
+def test_two_machines_make_the_same_artifact(machines: Machines, monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
+    """Encoders with other bits, made at the same time: the one sealed first is everybody's, be its weights in the tar
+    or too large for it."""
+    if not packed:
+        monkeypatch.setattr(mirror, "LARGE", 1000)
     a, b = machines("a"), machines("b")
     stages.images(a), stages.images(b)
     first = stages.encoder(a)
@@ -228,6 +232,11 @@ def test_two_machines_make_the_same_artifact(machines: Machines, monkeypatch: py
         second = stages.encoder(b)
     assert second.digest == first.digest == b.artifact(Ref("encoder")).digest
     second.verify()
+    assert {f: (second.path / f).read_bytes() for f in second.manifest["files"]} == {
+        f: (first.path / f).read_bytes() for f in first.manifest["files"]
+    }
+    tar = mirror.Remote(machines.url).size(f"encoder/{first.path.name}/artifact.tar")
+    assert tar is not None and (tar > sum(record["size"] for record in first.manifest["files"].values())) is packed
 
 
 def _absent_once(original: Any) -> Any:
