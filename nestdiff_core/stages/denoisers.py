@@ -22,7 +22,8 @@ from nestdiff_core.stores.page_cache import shuffled_reads
 from nestdiff_core.training import group
 from nestdiff_core.training.checkpoint import STATE, list_checkpoints
 from nestdiff_core.training.events import EventFiles
-from nestdiff_core.training.loop import Trainer, ignore, stop_on_signals
+from nestdiff_core.training.loop import Trainer, ignore
+from nestdiff_core.training.signals import stop_on_signals
 
 CHECKPOINTS = "checkpoints"
 EVENTS = "tensorboard"

@@ -7,13 +7,10 @@ checkpoints and the signals; what a step is trained on comes from data.py, the l
 from __future__ import annotations
 
 import math
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +24,19 @@ from nestdiff_core.config import ExperimentConfig, TrainConfig
 from nestdiff_core.config_io import deciding
 from nestdiff_core.diffusion.loss import level_loss
 from nestdiff_core.diffusion.schedule import NoiseSchedule, make_schedule
-from nestdiff_core.encoders.weights import read_weights
 from nestdiff_core.errors import ConfigError, Interrupted, NumericsError, memory_faults
 from nestdiff_core.models.nested import build_denoiser, count_macs
 from nestdiff_core.precision import autocast, matrix_precision
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.training import group
 from nestdiff_core.training.ahead import Ahead
+from nestdiff_core.training.begin import forked_checkpoint, published_weights
 from nestdiff_core.training.checkpoint import (
-    STATE,
     CheckpointWriter,
     list_checkpoints,
     load_latest,
-    read_checkpoint,
     read_tensors,
     restore,
-    shapes,
 )
 from nestdiff_core.training.data import Batch, BatchOrder, Draws, LatentBatches, draw
 from nestdiff_core.training.report import (
@@ -59,7 +53,6 @@ from nestdiff_core.training.report import (
 
 VALIDATION_IMAGES = 512
 VALIDATION_SEED = 2**31 - 1
-SAME_REQUEST_SECONDS = 3.0
 NAMED = 5  # images that an error names
 SHOWN = ("loss", "held_out_loss", "gradient_norm", "images_per_second", "mfu", "loader_wait")  # while it runs
 
@@ -106,7 +99,7 @@ class Trainer:
         if null_context is not None:
             self.model.null_context.copy_(null_context)
         if self.train.start_from:
-            self.model.start_from(_published(Path(self.train.start_from).expanduser(), level))
+            self.model.start_from(published_weights(Path(self.train.start_from).expanduser(), level=level))
         self.weights = {name: value.detach() for name, value in self.model.state_dict().items()}
         self.ema = {name: value.clone() for name, value in self.weights.items()}
         self.optimizer = torch.optim.AdamW(
@@ -157,7 +150,7 @@ class Trainer:
             if group.first_here():
                 found = load_latest(self.folder, warn=self.warn, level=self.level, expected=expected)
             if found is None and self.train.fork_from and self.rank == 0:
-                found = self._fork(Path(self.train.fork_from).expanduser())
+                found = self._forked()
         path, mine = (None, None) if found is None else found
         source, state = group.from_newest(-1 if mine is None else mine["step"], mine)
         if state is None:
@@ -169,32 +162,14 @@ class Trainer:
         self.step, self.skipped, self.history = state["step"], state.get("skipped", 0), state["history"]
         self.window = Window.restored(state.get("window", {}))
 
-    def _fork(self, path: Path) -> tuple[Path, dict[str, Any]]:
-        """The checkpoint of another denoiser, as if it were the newest of this one that has no history yet."""
-        refusal = partial(ConfigError, stage="denoiser", level=self.level, key="levels.train.fork_from", path=path)
-        if not (path / STATE).is_file():
-            raise refusal(
-                "levels.train.fork_from is not a checkpoint",
-                expected="a folder step_NNNNNNNN",
-                fix="Correct the path, or leave it out.",
-            )
-        state = read_checkpoint(path, level=self.level)
-        theirs = {**shapes(path), "diffusion": state["config"]["diffusion"], "step": state["step"]}
-        ours = {name: tuple(value.shape) for name, value in self.weights.items()}
-        ours |= {"diffusion": deciding(self.config.diffusion), "step": f"below num_steps = {self.train.num_steps}"}
-        same = {name for name in ours if ours[name] == theirs.get(name)}
-        if state["step"] < self.train.num_steps:
-            same.add("step")
-        if differing := sorted((ours.keys() | theirs) - same):
-            name = differing[0]
-            raise refusal(
-                "This checkpoint cannot be gone on from",
-                expected={name: ours.get(name)},
-                found={name: theirs.get(name)},
-                fix="Name a checkpoint of a denoiser with the same network and diffusion process, from before "
-                "levels.train.num_steps.",
-            )
-        return path, {"step": state["step"], "history": []}
+    def _forked(self) -> tuple[Path, dict[str, Any]]:
+        return forked_checkpoint(
+            Path(self.train.fork_from).expanduser(),
+            level=self.level,
+            num_steps=self.train.num_steps,
+            weights={name: tuple(value.shape) for name, value in self.weights.items()},
+            diffusion=deciding(self.config.diffusion),
+        )
 
     def learning_rate(self, step: int) -> float:
         """Rate of `step` (from 0): a linear warm-up that reaches lr, then constant or a cosine to zero."""
@@ -470,39 +445,3 @@ class Trainer:
         self.history.append(line)
         self.window = Window()
         return line
-
-
-def _published(path: Path, level: int) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ConfigError(
-            "levels.train.start_from is not a file",
-            stage="denoiser",
-            level=level,
-            key="levels.train.start_from",
-            path=path,
-            fix="Correct the path, or leave it out.",
-        )
-    return read_weights(path, where="denoiser")
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Within the block SIGTERM and SIGINT set a flag, which the yielded function reads; a second one ends at once.
-
-    What comes within SAME_REQUEST_SECONDS is the first one still: Slurm tells every process of a job, and so do
-    torchrun and its parent.
-    """
-    asked: list[float] = []
-
-    def ask(number: int, frame: object) -> None:
-        now = time.monotonic()
-        if asked and now - asked[0] > SAME_REQUEST_SECONDS:
-            os._exit(Interrupted.code)
-        asked.append(now)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

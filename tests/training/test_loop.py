@@ -30,8 +30,9 @@ from nestdiff_core.stores.writer import create_store, write_shard
 from nestdiff_core.training.ahead import Ahead
 from nestdiff_core.training.checkpoint import list_checkpoints, load_latest
 from nestdiff_core.training.data import Batch, BatchOrder, Draws, LatentBatches, draw
-from nestdiff_core.training.loop import Trainer, stop_on_signals
+from nestdiff_core.training.loop import Trainer
 from nestdiff_core.training.report import MEASURED
+from nestdiff_core.training.signals import stop_on_signals
 
 NUM_IMAGES = 48
 
