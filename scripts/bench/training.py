@@ -6,6 +6,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,10 +19,11 @@ from nestdiff_core.config import ExperimentConfig, ImagesConfig, LevelConfig, Tr
 from nestdiff_core.diffusion.schedule import DiscreteSchedule
 from nestdiff_core.models.nested import count_macs
 from nestdiff_core.models.uvit import UViT
+from nestdiff_core.precision import matrix_precision
 from nestdiff_core.stores.reader import StoreReader
 from nestdiff_core.stores.writer import create_store, write_shard
 from nestdiff_core.training.ahead import Ahead
-from nestdiff_core.training.data import LatentBatches
+from nestdiff_core.training.data import Batch, LatentBatches
 from nestdiff_core.training.loop import Trainer
 from scripts.bench.measure import table
 
@@ -53,27 +55,33 @@ def _size(
     calls: dict[str, Callable[[], Any]] = {"plain loop": plain.step, "plain loop, again": plain.step}
     trainers = {"ours": {}, "ours, compiled": {"compile": True}}
     trained = {}
+    batches: dict[str, Ahead[Batch]] = {}
     for name, knobs in trainers.items():
         if on_gpu:
             knobs = {**knobs, "precision": "bfloat16"}
         trained[name] = _trainer(SIZES[size], batch, knobs, reader, device, folder / name.replace(" ", ""))
-        ahead = Ahead(trained[name].batch)
-        calls[name] = lambda t=trained[name], ahead=ahead: t.train_step(ahead(t.step))
+        batches[name] = Ahead(trained[name].batch)
+        calls[name] = partial(_step, trained[name], batches[name])
     side = 8192 if on_gpu else 1536
     a, b = (torch.randn(side, side, dtype=torch.bfloat16 if on_gpu else torch.float32, device=device) for _ in range(2))
     calls["a large matrix product"] = lambda: a @ b
     flops = dict.fromkeys(calls, 6.0 * count_macs(plain.model) * batch) | {"a large matrix product": 2.0 * side**3}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    passed = dict.fromkeys(batches, 0.0)
     clock = time.perf_counter if on_gpu else time.process_time
     for counted in range(-2, ROUNDS):
         for name, call in calls.items():
-            start = clock()
+            if counted == 0 and name in batches:
+                batches[name].waited = 0.0
+            start, began = clock(), time.monotonic()
             for _ in range(steps):
                 call()
             if on_gpu:
                 torch.cuda.synchronize()
             if counted >= 0:
                 seconds[name].append(clock() - start)
+                if name in batches:
+                    passed[name] += time.monotonic() - began
     rates = {name: flops[name] * steps / median(times) for name, times in seconds.items()}
     rows = [
         [
@@ -82,13 +90,22 @@ def _size(
             f"{rate / rates['plain loop']:.3g}",
             f"{rate / 1e12:.3f}",
             f"{100 * rate / rates['a large matrix product']:.1f} %",
+            f"{100 * batches[name].waited / passed[name]:.2f} %" if name in batches else "",
         ]
         for name, rate in rates.items()
     ]
     unit = "images/s" if on_gpu else "images a CPU second"
-    head = ["", unit, "ratio", "TFLOP/s", "of the matrix product"]
+    head = ["", unit, "ratio", "TFLOP/s", "of the matrix product", "of its time waiting for batches"]
     table(f"U-ViT-{size}/2 on {SHAPE} latents, batch {batch}", head, rows)
+    for name, made in batches.items():
+        made.close()
+        trained[name].order.close()
     _checkpoint(trained["ours"])
+
+
+def _step(trainer: Trainer, batches: Ahead[Batch]) -> None:
+    with matrix_precision(trainer.train.precision):
+        trainer.train_step(batches(trainer.step))
 
 
 def _checkpoint(trainer: Trainer) -> None:
