@@ -21,6 +21,12 @@ class UViTConfig:
         "learned",
         "Start of the position embedding: learned from N(0, .02), as published, or from 2-d sines and cosines.",
     )
+    weight_init: Literal["normal", "xavier"] = knob(
+        "normal",
+        "Start of the linear layers: N(0, .02), as published; or Xavier's uniform, with fusion's layers beginning as "
+        "if there were none, which learns faster where steps are few.",
+        decides="if_changed",
+    )
 
     def __post_init__(self) -> None:
         for name in ("width", "num_heads", "mlp_ratio"):

@@ -85,6 +85,12 @@ class Fusion(nn.Module):
         )
         self.mlps = nn.ModuleList(MLP(width, 4 * width) for _ in range(depth // 2))
 
+    def begin_as_nothing(self) -> None:
+        """Let no token be changed at first."""
+        for name, value in self.mlps.named_parameters():
+            if ".fc2." in name:
+                nn.init.zeros_(value)
+
     def features(
         self, z_above: Mapping[int, Float[Tensor, "B _ _ _"]], kept: Mapping[int, Float[Tensor, " B"] | None]
     ) -> Float[Tensor, "B T D"]:

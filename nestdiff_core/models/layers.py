@@ -8,6 +8,7 @@ B batch; T tokens; D token width; C, H, W channels and grid of a latent; p patch
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -111,16 +112,24 @@ class Block(nn.Module):
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, generator: torch.Generator | None = None) -> None:
+def initialise(
+    module: nn.Module,
+    generator: torch.Generator | None = None,
+    linear: Literal["normal", "xavier"] = "normal",
+) -> None:
     """U-ViT's published initialisation of every layer below `module`; bare parameters are their owner's.
 
-    Linear weights from N(0, .02) cut at +-2, their biases 0; convolutions uniform within +-1/sqrt(fan-in), weight
-    and bias (torch's default); embedding tables from N(0, 1).
+    Linear weights from N(0, .02) cut at +-2 (xavier: uniform with variance 2 / (fan-in + fan-out), Glorot and Bengio
+    2010), their biases 0; convolutions uniform within +-1/sqrt(fan-in), weight and bias (torch's default); embedding
+    tables from N(0, 1).
     """
     for layer in module.modules():
         match layer:
             case nn.Linear():
-                nn.init.trunc_normal_(layer.weight, std=INIT_STD, generator=generator)
+                if linear == "xavier":
+                    nn.init.xavier_uniform_(layer.weight, generator=generator)
+                else:
+                    nn.init.trunc_normal_(layer.weight, std=INIT_STD, generator=generator)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
             case nn.Conv2d() | nn.ConvTranspose2d():

@@ -111,7 +111,9 @@ class NestedDenoiser(Backbone):
             self.fusion = Fusion(grids, latent.shape[1], self.token_grid[0], config.width, config.depth)
         self.conditions = nn.ModuleList(embeds)
 
-        initialise(self, generator)
+        initialise(self, generator, config.weight_init)
+        if self.fusion is not None and config.weight_init == "xavier":
+            self.fusion.begin_as_nothing()
         nn.init.trunc_normal_(self.pos_embed, std=INIT_STD, generator=generator)
         for condition in embeds:
             nn.init.trunc_normal_(condition.pos_embed, std=INIT_STD, generator=generator)

@@ -145,7 +145,7 @@ class UViT(Backbone):
         self.label_emb = nn.Embedding(num_classes, width) if num_classes else None
         self.context_embed = nn.Linear(context_dim, width) if num_context else None
         self.num_context = num_context
-        initialise(self, generator)
+        initialise(self, generator, config.weight_init)
         nn.init.trunc_normal_(self.pos_embed, std=INIT_STD, generator=generator)
 
     def forward(

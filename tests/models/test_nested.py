@@ -261,3 +261,20 @@ def test_the_generator_decides_the_initialisation(position_init):
     assert rms == pytest.approx({"learned": 0.02, "sincos": 0.5**0.5}[position_init], rel=0.3)
     fresh = {name: p for name, p in a.items() if name.startswith("conditions") and not p.any()}
     assert fresh == {}
+
+
+def test_xavier_begins_with_variance_kept_and_no_condition_added():
+    """Linear weights are spread by fan-in and fan-out; fusion changes no token before its first step, and learns."""
+    config = dataclasses.replace(CONFIG, weight_init="xavier")
+    model = denoiser(config=config, injection="fusion")
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and layer.weight.any():
+            variance = 2.0 / (layer.in_features + layer.out_features)
+            error = 6 * variance / layer.weight.numel() ** 0.5
+            assert abs(layer.weight.var().item() - variance) < error, name
+            assert layer.bias is None or not layer.bias.any()
+    z, t, z_above, labels = inputs()
+    other = {m: torch.randn_like(z_m) for m, z_m in z_above.items()}
+    assert torch.equal(model(z, t, z_above, labels), model(z, t, other, labels))
+    model(z, t, z_above, labels).square().mean().backward()
+    assert all(mlp.fc2.weight.grad.any() for mlp in model.fusion.mlps)
