@@ -11,16 +11,18 @@ import numpy as np
 
 from nestdiff_core import loading
 from nestdiff_core.artifacts import Artifact, ArtifactWriter
-from nestdiff_core.encoders import load_encoder
 from nestdiff_core.errors import IntegrityError
 from nestdiff_core.evaluation.card import SampleOrigin
-from nestdiff_core.evaluation.report import evaluate
+from nestdiff_core.evaluation.extractors import estimate_seconds
+from nestdiff_core.evaluation.report import Labelled, evaluate
 from nestdiff_core.evaluation.samples import Blocks, StoredSamples, save_samples, write_npz, write_safetensors
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.files import PARTS, write_json
-from nestdiff_core.progress import Progress, silent
+from nestdiff_core.images.index import ImageIndex
+from nestdiff_core.progress import Progress, duration, silent
 from nestdiff_core.sampling.parts import Part, holds, in_parts, make_parts, rank, together
 from nestdiff_core.stages.common import logger, reuse
+from nestdiff_core.stages.reference import RESIZE_FILTER, open_spaces
 
 SHARDS = "shards"  # of a sample set that is not whole yet
 WHOLE = "whole"  # the part that the finished files are
@@ -120,34 +122,41 @@ def _join(x: Experiment, shards: ArtifactWriter, parts: list[Part]) -> None:
 
 
 def evaluation(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -> Artifact:
-    """The numbers of the sample set against the training images, each with its metric card, in metrics.json."""
+    """The numbers of the sample set against the reference statistics, each with its metric card, in metrics.json."""
     ref = Ref("evaluation")
     if (made := reuse(x, ref)) is not None:
         return made
-    index, sampled = loading.open_index(x), x.artifact(Ref("samples"))
-    splits = ("train", "held_out") if x.config.evaluation.reference == "train" else ("held_out", "train")
-    reference, held_out = (loading.SplitImages(index, split) for split in splits)
-    bare = sampled.path / f"{BARE}.npz"
+    config, index, sampled = x.config.evaluation, loading.open_index(x), x.artifact(Ref("samples"))
+    num, bare = x.config.sampling.num_images, sampled.path / f"{BARE}.npz"
+    pictures = StoredSamples(sampled.path / "samples.npz", num_images=num)
+    others = {BARE: StoredSamples(bare, num_images=num)} if bare.is_file() else {}
     checkpoints = {level.level: x.artifact(Ref("denoiser", level.level)).digest for level in x.config.levels}
     label_sampling = {
         "none": "none",
         "class": "image index modulo number of classes",
         "text": "first caption of the held-out image of this index, modulo their number",
     }[x.config.conditioning.labels]
+    origin = SampleOrigin.of(x.config, checkpoints, label_sampling=label_sampling)
     with x.writing(ref) as writer:
+        spaces = open_spaces(x, device=device)
+        seconds = estimate_seconds(pictures, [space.extractor for space in spaces]) * (1 + len(others))
+        logger.info("evaluation: %s images, %s", f"{num * (1 + len(others)):,}", duration(seconds))
         record = evaluate(
-            StoredSamples(sampled.path / "samples.npz", num_images=x.config.sampling.num_images),
-            reference,
-            held_out,
-            x.config.evaluation,
-            origin=SampleOrigin.of(x.config, checkpoints, label_sampling=label_sampling),
-            encoder=load_encoder(x.artifact(Ref("encoder")), device=device),
-            others={BARE: StoredSamples(bare)} if bare.is_file() else {},
-            reference_labels=index.labels[reference.rows] if index.num_classes else None,
-            held_out_labels=index.labels[held_out.rows] if index.num_classes else None,
-            device=device,
+            pictures,
+            spaces,
+            origin=origin,
+            others=others,
+            probe=(_labelled(index, "train"), _labelled(index, "held_out")) if config.probe else None,
+            num_neighbours=config.num_neighbours,
+            resize_filter=RESIZE_FILTER,
+            progress=progress,
         )
         for warning in record["warnings"]:
             logger.warning(warning)
         write_json(writer.path / "metrics.json", record)
         return writer.seal(**record)
+
+
+def _labelled(index: ImageIndex, split: str) -> Labelled:
+    images = loading.SplitImages(index, split)
+    return Labelled(images, index.labels[images.rows])
