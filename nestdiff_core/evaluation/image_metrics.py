@@ -44,12 +44,14 @@ MIN_SCORE_IMAGES = 100
 @dataclass(frozen=True)
 class Numbers:
     """The metrics of one comparison: values by name (and their standard deviations over subsets, where they have
-    one; of fd_infinity its standard error), what to know before believing them, and how they were computed."""
+    one; of fd_infinity its standard error), what to know before believing them, and how they were computed: `settings`
+    of all, `own` of each."""
 
     values: dict[str, float]
     deviations: dict[str, float]
     warnings: tuple[str, ...]
     settings: dict[str, Any]
+    own: dict[str, dict[str, Any]]
     extractor: Extractor
     samples: FeatureSet
     reference: FeatureSet
@@ -128,15 +130,16 @@ def feature_metrics(
         _kernel(samples, reference, name("kd"), seed),
         _score(samples),
     ]
+    common = {"feature_dimension": samples.gaussian.dimension}
     values = {name(k): v for part in parts for k, v in part.values.items()}
     deviations = {name(k): v for part in parts for k, v in part.deviations.items()}
     for metric, value in [*values.items(), *deviations.items()]:
         if not math.isfinite(value):
             raise _not_finite(metric, value)
-    settings = {"seed": seed, "feature_dimension": samples.values.shape[1]}
-    settings |= {k: v for part in parts for k, v in part.settings.items()}
+    settings = {"seed": seed, **common, **{k: v for part in parts for k, v in part.settings.items()}}
+    own = {name(k): {**common, **part.settings} for part in parts for k in part.values}
     warnings = tuple(text for part in parts for text in part.warnings)
-    return Numbers(values, deviations, warnings, settings, extractor, samples, reference)
+    return Numbers(values, deviations, warnings, settings, own, extractor, samples, reference)
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,7 @@ def _infinity(samples: FeatureSet, reference: FeatureSet, name: str, seed: int) 
     return _Part(
         {"fd_infinity": found.value},
         {"fd_infinity": found.standard_error},
-        {"infinity_sizes": list(found.sizes), "infinity_distances": list(found.distances)},
+        {"part_images": list(found.sizes)},
     )
 
 
@@ -196,7 +199,7 @@ def _neighbours(samples: FeatureSet, reference: FeatureSet, k: int, seed: int) -
     found = prc_features_to_metric(
         fake.values, real.values, prc_neighborhood=k, prc_batch_size=1_000, save_cpu_ram=True, verbose=False
     )
-    settings = {"num_neighbours": k, "neighbour_images": [len(fake.values), len(real.values)]}
+    settings = {"seed": seed, "num_neighbours": k, "neighbour_images": [len(fake.values), len(real.values)]}
     return _Part({"precision": found["precision"], "recall": found["recall"]}, settings=settings)
 
 
@@ -216,7 +219,7 @@ def _kernel(samples: FeatureSet, reference: FeatureSet, name: str, seed: int) ->
     return _Part(
         {"kd": found["kernel_inception_distance_mean"]},
         {"kd": found["kernel_inception_distance_std"]},
-        {"kernel_subsets": KERNEL_SUBSETS, "kernel_subset_size": size},
+        {"seed": seed, "kernel_subsets": KERNEL_SUBSETS, "kernel_subset_size": size},
     )
 
 
@@ -231,7 +234,9 @@ def _score(samples: FeatureSet) -> _Part:
         mean, deviation = found["inception_score_mean"], found["inception_score_std"]
     else:
         mean, deviation = samples.score
-    return _Part({"inception_score": mean}, {"inception_score": deviation}, {"score_splits": SCORE_SPLITS})
+    return _Part(
+        {"inception_score": mean}, {"inception_score": deviation}, {"score_splits": SCORE_SPLITS, "seed": SCORE_SEED}
+    )
 
 
 def _not_finite(metric: str, found: object) -> NumericsError:

@@ -120,11 +120,14 @@ def holds_images(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Space:
-    """One feature space of an evaluation: its extractor, and what is known of the real images in it."""
+    """One feature space of an evaluation: its extractor, and what is known of the real images in it.
+
+    held_out: of those that samples are not compared with; without it there are no floors.
+    """
 
     extractor: Extractor
     reference: FeatureSet
-    held_out: FeatureSet
+    held_out: FeatureSet | None
 
 
 def _identity(extractor: Extractor) -> dict[str, Any]:

@@ -97,31 +97,34 @@ def measured_spaces(
 
 def _with_floor(
     samples: FeatureSet,
-    held_out: FeatureSet,
+    held_out: FeatureSet | None,
     others: Mapping[str, FeatureSet],
     against_real: Callable[..., Numbers],
     seed: int,
 ) -> tuple[Numbers, dict[str, dict[str, Any]], list[str]]:
     """The metrics of the samples; each beside that of as many held-out images and those of the other sets; warnings."""
-    num = min(len(samples), len(held_out.values))
-    num = num if num == len(samples) else min(num, len(samples.values))
     whole = against_real(samples, infinity=True)
-    low = against_real(held_out.subset(num, seed), infinity=True)
-    matched = whole if num == len(samples) else against_real(samples.subset(num, seed))
     rest = {name: against_real(features, infinity=True).values for name, features in others.items()}
+    num, floors, matched, said = 0, {}, {}, list(whole.warnings)
+    if held_out is not None:
+        num = min(len(samples), len(held_out.values))
+        num = num if num == len(samples) else min(num, len(samples.values))
+        low = against_real(held_out.subset(num, seed), infinity=True)
+        floors = low.values
+        matched = whole.values if num == len(samples) else against_real(samples.subset(num, seed)).values
+        new = (text for text in low.warnings if text not in whole.warnings)
+        said += [f"Floor: {text}" for text in new if "infinity" not in text.split(":")[0]]
     records = {
         name: {
             "value": value,
             "deviation": whole.deviations.get(name),
-            "value_at_floor": matched.values.get(name),
-            "floor": low.values.get(name),
+            "value_at_floor": matched.get(name),
+            "floor": floors.get(name),
             "floor_images": num,
             "others": {other: values.get(name) for other, values in rest.items()},
         }
         for name, value in whole.values.items()
     }
-    texts = (text for text in low.warnings if text not in whole.warnings and "infinity" not in text.split(":")[0])
-    said = [*whole.warnings, *(f"Floor: {text}" for text in texts)]
     return whole, records, said
 
 
@@ -137,6 +140,6 @@ def metric_card(metric: str, numbers: Numbers, origin: SampleOrigin | None, resi
         samples_digest=numbers.samples.digest,
         num_samples=len(numbers.samples),
         resize_filter=resize_filter,
-        settings=numbers.settings,
+        settings=numbers.own[metric],
         origin=origin,
     )

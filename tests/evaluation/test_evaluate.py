@@ -90,7 +90,9 @@ def test_it_is_plain_json_with_a_card_beside_each_number(result: dict) -> None:
     cards = {name: MetricCard.from_dict(record["card"]) for name, record in read["metrics"].items()}
     assert all(card.metric == name and card.origin == ORIGIN for name, card in cards.items())
     assert all((card.num_samples, card.num_reference) == (500, 1000) for card in cards.values())
-    assert differences(cards["fd_encoder"], cards["precision_encoder"]) == ["metric"]
+    assert differences(cards["precision_encoder"], cards["recall_encoder"]) == ["metric"]
+    assert cards["fd_encoder"].settings == {"feature_dimension": 24}
+    assert cards["precision_encoder"].settings["num_neighbours"] == 3
     assert {"extractor", "weights_sha256"} <= set(differences(cards["fd_encoder"], cards["fd_pixels"]))
 
 
