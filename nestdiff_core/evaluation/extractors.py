@@ -272,25 +272,15 @@ def extract_all(
             found=len(images),
             fix="Raise sampling.num_images, or give more images.",
         )
-    digest, brightest, done = hashlib.sha256(), 0, 0
-    shape: tuple[int, int, int] | None = None
+    digest, brightest = PixelDigest(), 0
     running = [_Running(extractor, len(images), seed) for extractor in extractors]
     progress(0, len(images), what)
     for batch in batches(images, batch_size):
-        shape = shape or batch.shape[1:]
-        if batch.shape[1:] != shape:
-            raise InputError(
-                "Images of one set differ in shape",
-                stage="evaluation",
-                expected=shape,
-                found=batch.shape[1:],
-                fix="Resize them to one resolution.",
-            )
-        digest.update(batch.tobytes())
+        digest.update(batch)
         brightest = max(brightest, int(batch.max()))
         for space in running:
             space.add(batch)
-        progress(done := done + len(batch), len(images), what)
+        progress(digest.count, len(images), what)
     if brightest <= 1:
         raise InputError(
             "All pixels of a set of images are 0 or 1",
@@ -299,8 +289,7 @@ def extract_all(
             found=f"at most {brightest}",
             fix="Multiply images in [0, 1] by 255, or use to_uint8 for network outputs.",
         )
-    digest.update(repr((len(images), *cast(tuple, shape))).encode())
-    return [space.finish(digest.hexdigest(), cast(tuple[int, int, int], shape)) for space in running]
+    return [space.finish(digest.hexdigest(), cast(tuple[int, int, int], digest.shape)) for space in running]
 
 
 @torch.no_grad()
@@ -314,6 +303,32 @@ def estimate_seconds(images: Images, extractors: Sequence[Extractor], *, batch_s
         for extractor in extractors:
             extractor.embed(batch)[0].sum().item()  # waits for the device
     return (time.monotonic() - start) / len(batch) * len(images)
+
+
+class PixelDigest:
+    """sha256 of the pixels of a set in order, its number and shape included; refuses images of several shapes."""
+
+    def __init__(self) -> None:
+        self._pixels, self.count = hashlib.sha256(), 0
+        self.shape: tuple[int, ...] | None = None
+
+    def update(self, batch: UInt8[np.ndarray, "B H W C"]) -> None:
+        self.shape = self.shape or batch.shape[1:]
+        if batch.shape[1:] != self.shape:
+            raise InputError(
+                "Images of one set differ in shape",
+                stage="evaluation",
+                expected=self.shape,
+                found=batch.shape[1:],
+                fix="Resize them to one resolution.",
+            )
+        self._pixels.update(batch.tobytes())
+        self.count += len(batch)
+
+    def hexdigest(self) -> str:
+        whole = self._pixels.copy()
+        whole.update(repr((self.count, *(self.shape or ()))).encode())
+        return whole.hexdigest()
 
 
 class _Running:

@@ -6,13 +6,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nestdiff_core import loading
 from nestdiff_core.artifacts import Artifact, ArtifactWriter
 from nestdiff_core.errors import IntegrityError
-from nestdiff_core.evaluation.card import SampleOrigin
+from nestdiff_core.evaluation.card import MetricCard, SampleOrigin
 from nestdiff_core.evaluation.extractors import estimate_seconds
 from nestdiff_core.evaluation.report import Labelled, evaluate
 from nestdiff_core.evaluation.samples import Blocks, StoredSamples, save_samples, write_npz, write_safetensors
@@ -151,10 +152,51 @@ def evaluation(x: Experiment, *, device: str = "cpu", progress: Progress = silen
             resize_filter=RESIZE_FILTER,
             progress=progress,
         )
+        if config.clip_score:
+            scored = _clip_score(x, pictures, index, origin, device, progress)
+            record["metrics"]["clip_score"] = {**scored, "others": dict.fromkeys(others)}  # which were told nothing
+            if x.config.conditioning.text.weights == "random":
+                record["warnings"].append("clip_score: the CLIP has random weights, so it says nothing.")
         for warning in record["warnings"]:
             logger.warning(warning)
         write_json(writer.path / "metrics.json", record)
         return writer.seal(**record)
+
+
+def _clip_score(
+    x: Experiment, pictures: StoredSamples, index: ImageIndex, origin: SampleOrigin, device: str, progress: Progress
+) -> dict[str, Any]:
+    """The score of the samples with the captions that they were told; the floor is that of the real images of these."""
+    from nestdiff_core.evaluation.clip_score import build_clip, clip_score  # open_clip takes a second to import
+
+    clip, config = build_clip(x.config.conditioning.text, device=device), x.config.conditioning.text
+    held_out = loading.SplitImages(index, "held_out")
+    captions = index.captions()
+    told = [captions[row][0] for row in held_out.rows[np.arange(len(pictures)) % len(held_out)]]
+    found = clip_score(pictures, told, clip, progress=progress)
+    shown = held_out.first(len(pictures))
+    real = clip_score(shown, told[: len(shown)], clip, progress=progress)
+    card = MetricCard(
+        metric="clip_score",
+        extractor=f"open_clip {config.name}",
+        weights_sha256=clip.weights_sha256,
+        preprocessing=clip.preprocessing,
+        reference_digest=found.captions_digest,
+        num_reference=found.count,
+        samples_digest=found.digest,
+        num_samples=found.count,
+        resize_filter=RESIZE_FILTER,
+        settings={},
+        origin=origin,
+    )
+    return {
+        "value": found.value,
+        "deviation": found.standard_error,
+        "value_at_floor": found.value if real.count == found.count else None,
+        "floor": real.value,
+        "floor_images": real.count,
+        "card": card.to_dict(),
+    }
 
 
 def _labelled(index: ImageIndex, split: str) -> Labelled:

@@ -17,7 +17,7 @@ from webdataset.writer import TarWriter
 from scripts.bench.measure import pictures, table
 
 SMALL, LARGE, SIDE, SHARD_IMAGES = 2_000, 16_000, 32, 256
-STAGES = ("images", "encoder", "features", "bases", "latents", "reference")
+STAGES = ("images", "encoder", "features", "bases", "latents")
 
 # A process starts with the peak of the one that it was forked from, which therefore has to be a small one.
 _PEAK = """
