@@ -7,7 +7,7 @@ matrix, so that nothing complex appears however singular the covariances are.
 
 The distance of n images is larger than that of the distributions, by a / n + b / n^2 + ...; fitted over parts of a set
 against 1 / n, the value at 0 is the distance of ever more images (arXiv 1911.07023, with a line over larger numbers of
-images a dimension; with fewer, the line bends, and misses by a tenth to a third of what it corrects).
+images a dimension; with fewer, the line bends, and misses by a tenth to two thirds of what it corrects).
 """
 
 from __future__ import annotations

@@ -56,7 +56,11 @@ def reference(x: Experiment, *, device: str = "cpu", progress: Progress = silent
                     save_statistics(files[-1], features, extractor, resize_filter="not known")
                     counts[extractor.kind] = features.count
             writer.commit_part(split, files, source=weights, images=counts)
-        images = {split: part["images"] for split in SPLITS if (part := writer.part(split)) is not None}
+        parts = {split: part for split in SPLITS if (part := writer.part(split)) is not None}
+        for part in parts.values():
+            for name in part["files"]:
+                writer.fetch(name)  # made by another machine, perhaps
+        images = {split: part["images"] for split, part in parts.items()}
         identities = {e.kind: {"weights_sha256": e.weights_sha256, "preprocessing": e.preprocessing} for e in spaces}
         return writer.seal(weights_source=weights, images=images, extractors=identities)
 
