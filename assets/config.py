@@ -32,6 +32,7 @@ GROUPS = {
     "design": "hierarchy",
     "latents": "hierarchy",
     "denoiser": "denoisers",
+    "reference": "evaluation",
     "samples": "evaluation",
     "evaluation": "evaluation",
     "ladder": "evaluation",

@@ -1,5 +1,7 @@
 """Samples of the cascade, and the numbers that judge them."""
 
+from typing import cast
+
 import dagster as dg
 
 from assets.config import POOL, asset_spec, elsewhere, log_progress, refusals, runtime_config, with_runtime
@@ -7,6 +9,8 @@ from assets.report import SHOWN, grid, picture, result, table
 from assets.resources import ArtifactRoot, Launcher
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.experiment import Ref
+
+CARDS = "metric_cards"
 
 
 def build_samples(experiment: ExperimentConfig) -> dg.AssetsDefinition:
@@ -47,6 +51,39 @@ def build_samples(experiment: ExperimentConfig) -> dg.AssetsDefinition:
     return samples
 
 
+def build_reference(experiment: ExperimentConfig) -> dg.AssetsDefinition:
+    spec = asset_spec(
+        experiment,
+        Ref("reference"),
+        kinds={"pytorch", "numpy"},
+        description=(
+            "What samples are compared with: mean, covariance and some of the features of the real images of each "
+            "split, in every feature space (SPLIT.SPACE.npz, with mu and sigma as ADM's evaluator names them). Of the "
+            "same images, crop and resize as training."
+        ),
+    )
+
+    class Runtime(runtime_config(experiment)):
+        """How this run is done; what decides the result is changed in the experiment."""
+
+    @dg.multi_asset(name="reference", specs=[spec], pool=POOL)
+    def reference(context: dg.AssetExecutionContext, config: Runtime, artifacts: ArtifactRoot) -> dg.MaterializeResult:
+        from nestdiff_core import stages
+        from nestdiff_core.devices import choose_device
+
+        with refusals():
+            artifact = stages.reference(
+                artifacts.experiment(experiment), device=choose_device(config.device), progress=log_progress(context)
+            )
+        rows = [
+            {"space": space, **{split: counts[space] for split, counts in artifact.info["images"].items()}, **identity}
+            for space, identity in artifact.info["extractors"].items()
+        ]
+        return result(artifact, spec.key, spaces=table(rows))
+
+    return reference
+
+
 def build_evaluation(experiment: ExperimentConfig) -> dg.AssetsDefinition:
     spec = asset_spec(
         experiment,
@@ -56,7 +93,7 @@ def build_evaluation(experiment: ExperimentConfig) -> dg.AssetsDefinition:
             "Frechet distance, precision and recall of the samples against the training images, each named for "
             "the feature space it was "
             "measured in and beside the same number for real held-out images. Every number carries its metric "
-            "card (metrics.json)."
+            "card (metrics.json); what the cards differ in from those of the materialisation before is shown."
         ),
     )
 
@@ -67,6 +104,7 @@ def build_evaluation(experiment: ExperimentConfig) -> dg.AssetsDefinition:
     def evaluation(context: dg.AssetExecutionContext, config: Runtime, artifacts: ArtifactRoot) -> dg.MaterializeResult:
         from nestdiff_core import stages
         from nestdiff_core.devices import choose_device
+        from nestdiff_core.evaluation.card import compare
 
         with refusals():
             artifact = stages.evaluation(
@@ -83,6 +121,10 @@ def build_evaluation(experiment: ExperimentConfig) -> dg.AssetsDefinition:
             }
             for name, n in info["metrics"].items()
         ]
+        cards = {name: {"value": n["value"], "card": n["card"]} for name, n in info["metrics"].items()}
+        before = context.instance.get_latest_materialization_event(spec.key)
+        earlier = before.asset_materialization.metadata.get(CARDS) if before and before.asset_materialization else None
+        differing = compare(cards, cast(dict, earlier.value)) if isinstance(earlier, dg.JsonMetadataValue) else []
         judged = (
             info["probe"] and {who: info["probe"][who] for who in ("samples", "held_out")} | info["probe"]["others"]
         )
@@ -98,6 +140,9 @@ def build_evaluation(experiment: ExperimentConfig) -> dg.AssetsDefinition:
             )
             if judged
             else None,
+            **{CARDS: dg.MetadataValue.json(cards)},
+            compared_with_the_last=table(differing) if differing else None,
+            warnings="\n".join(info["warnings"]) or None,
             **{name: n["value"] for name, n in info["metrics"].items()},
         )
 

@@ -74,6 +74,7 @@ def _candidate(experiment: ExperimentConfig, sigma: float) -> dg.AssetsDefinitio
             launcher.sample(context, x)
         with refusals():
             device, progress = choose_device(config.device), log_progress(context)
+            stages.reference(x, device=device, progress=progress)
             samples = stages.samples(x, device=device, progress=progress)
             evaluation = stages.evaluation(x, device=device, progress=progress)
             pictures = grid(StoredSamples(samples.path / "samples.npz").read(0, SHOWN))

@@ -112,13 +112,27 @@ def _encoder_config(c: ExperimentConfig, _: int) -> dict[str, Any]:
     return {k: v for k, v in plain.items() if k in used} | autoencoder
 
 
+def _reference_config(c: ExperimentConfig, _: int) -> dict[str, Any]:
+    config = deciding(c.evaluation)
+    names = ["extractors", "inception_weights", "judges", "reference_statistics"]
+    if c.evaluation.reference_statistics:
+        names.append("reference")
+    return {name: config[name] for name in names if name in config}
+
+
+def _judging_inputs(c: ExperimentConfig) -> tuple[Ref, ...]:
+    """What judging images reads beside them: the encoder where it is one of the judges, and the reference."""
+    encoder = (Ref("encoder"),) if "encoder" in c.evaluation.extractors else ()
+    return Ref("images"), *encoder, Ref("reference")
+
+
 def _ladder_config(c: ExperimentConfig, _: int) -> dict[str, Any]:
-    sampling, evaluation = deciding(c.sampling), deciding(c.evaluation)
+    sampling = deciding(c.sampling)
     return {
         **deciding(c.ladder),
         "sampling": {k: v for k, v in sampling.items() if k != "num_images"},
         "guidance": [[level.guidance, *level.guidance_interval] for level in c.levels],
-        "evaluation": {k: evaluation[k] for k in ("extractors", "inception_weights", "num_neighbours")},
+        "num_neighbours": c.evaluation.num_neighbours,
     }
 
 
@@ -126,8 +140,7 @@ def _ladder_inputs(c: ExperimentConfig, _: int) -> tuple[Ref, ...]:
     text = (Ref("text"),) if c.conditioning.labels == "text" else ()
     numbers = [level.level for level in c.levels]
     return (
-        Ref("images"),
-        Ref("encoder"),
+        *_judging_inputs(c),
         *text,
         *(Ref("latents", m) for m in numbers),
         *(Ref("denoiser", m) for m in numbers),
@@ -192,8 +205,9 @@ STAGES: dict[str, Stage] = {
         lambda c, _: tuple(Ref("denoiser", level.level) for level in c.levels),
         "evaluate",
     ),
+    "reference": Stage(_reference_config, lambda c, _: _judging_inputs(c)[:-1], "evaluate"),
     "evaluation": Stage(
-        lambda c, _: deciding(c.evaluation), lambda c, _: (Ref("images"), Ref("encoder"), Ref("samples")), "evaluate"
+        lambda c, _: deciding(c.evaluation), lambda c, _: (*_judging_inputs(c), Ref("samples")), "evaluate"
     ),
     "ladder": Stage(_ladder_config, _ladder_inputs, "evaluate"),
 }

@@ -62,6 +62,12 @@ class SplitImages:
         chosen.rows = np.sort(np.random.default_rng(seed).permutation(self.rows)[:num_images])
         return chosen
 
+    def first(self, num_images: int) -> SplitImages:
+        """The first images, at most so many."""
+        chosen = copy.copy(self)
+        chosen.rows = self.rows[:num_images]
+        return chosen
+
     def __getitem__(self, i: int) -> np.ndarray:
         row = self.rows[i]
         shard = int(np.searchsorted(self._first_rows, row, side="right")) - 1

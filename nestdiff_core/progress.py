@@ -25,6 +25,14 @@ def silent(done: int, total: int, what: str, **numbers: float) -> None:
     """The listener that shows nothing."""
 
 
+def duration(seconds: float) -> str:
+    """An estimate in words: `about 20 s`, `about 3 min`, `about 5 h`."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"about {seconds / size:.0f} {unit}"
+    return f"about {max(1, round(seconds))} s"
+
+
 class TerminalProgress:
     """A tqdm bar on stderr, a new one whenever `what` changes.
 

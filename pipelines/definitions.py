@@ -31,6 +31,7 @@ def build_definitions(config: ExperimentConfig) -> dg.Definitions:
             hierarchy.build_design(config),
             hierarchy.build_latents(config),
             *(denoisers.build(config, level) for level in range(1, config.num_levels + 1)),
+            evaluation.build_reference(config),
             evaluation.build_samples(config),
             evaluation.build_evaluation(config),
             evaluation.build_ladder(config),

@@ -33,7 +33,7 @@ def build_jobs(config: ExperimentConfig) -> dict[str, UnresolvedAssetJobDefiniti
 
     build = [key for stage in BUILD for key in keys(stage)]
     train = keys("denoiser")
-    judge = [*keys("samples"), *keys("evaluation"), *keys("ladder")]
+    judge = [*keys("reference"), *keys("samples"), *keys("evaluation"), *keys("ladder")]
     jobs = [
         job("quickstart", f"The whole experiment {config.name!r}, from images to numbers.", build + train + judge),
         job("encode_images", "Index the images and encode those that are new.", [k for s in ENCODE for k in keys(s)]),

@@ -112,7 +112,7 @@ def cvpr() -> ExperimentConfig:
         sampling=SamplingConfig(
             sampler="ddpm", num_evaluations=6, num_images=24, batch_size=12, noise_gamma=0.3, null_branch="conditions"
         ),
-        evaluation=EvaluationConfig(extractors=("encoder",), reference="held_out"),
+        evaluation=EvaluationConfig(extractors=("encoder",), reference="held_out", clip_score=True),
     )
 
 
@@ -167,6 +167,9 @@ def test_cvpr_family_through_dagster(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert shards and shards == instance.get_materialized_partitions(dg.AssetKey(["tiny_cvpr", "text"]))
     x = Experiment(config, tmp_path / "artifacts")
     check_samples(x)
+    score = x.artifact(Ref("evaluation")).info["metrics"]["clip_score"]
+    assert 0 <= score["value"] <= 100 and score["card"]["num_samples"] == 24
+    assert any("random weights" in text for text in x.artifact(Ref("evaluation")).info["warnings"])
     crops = zarr.open_array(x.artifact(Ref("crops", 3)).path / "store.zarr" / "map", mode="r")
     assert crops.shape[1:] == (1, 512, 2, 2)
     vectors = loading.open_features(x, "vector")

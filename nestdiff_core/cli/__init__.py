@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from nestdiff_core.errors import EXIT_CODES, ConfigError, Interrupted, NestdiffError, memory_faults
 
-VERBS = ("run", "train", "sample", "search", "design", "inspect", "verify", "gc", "digest", "doctor")
+VERBS = ("run", "train", "sample", "score", "search", "design", "inspect", "verify", "gc", "digest", "doctor")
 
 
 _LESS = (

@@ -67,6 +67,14 @@ def _hash_content(ref: Ref, artifact: Artifact) -> str:
             return _hash_tensors(path / "model.safetensors")
         case "svd_basis":
             return _hash_tensors(path / "basis.safetensors")
+        case "reference":
+            import numpy as np
+
+            digests = {}
+            for file in sorted(path.glob("*.npz")):
+                with np.load(file, allow_pickle=False) as arrays:
+                    digests[file.name] = _hash_arrays((name, arrays[name]) for name in sorted(arrays.files))
+            return _hash_plain(digests)
         case "samples":
             import numpy as np
 

@@ -1,7 +1,7 @@
 """Run the pipeline, or some of its stages. What is there already is checked and kept.
 
 Stages: images, encoder, features, crops (for levels cut from crops), text (for captions), bases, latents, train,
-samples, evaluation, ladder; all that the experiment has by default.
+reference, samples, evaluation, ladder; all that the experiment has by default.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ STAGES = (
     "bases",
     "latents",
     "train",
+    "reference",
     "samples",
     "evaluation",
     "ladder",

@@ -13,7 +13,14 @@ from nestdiff_core.config.data import (
     ViTConfig,
 )
 from nestdiff_core.config.experiment import ExperimentConfig, RuntimeConfig
-from nestdiff_core.config.judging import DesignConfig, EvaluationConfig, LadderConfig, SamplingConfig, SearchConfig
+from nestdiff_core.config.judging import (
+    DesignConfig,
+    EvaluationConfig,
+    JudgeConfig,
+    LadderConfig,
+    SamplingConfig,
+    SearchConfig,
+)
 from nestdiff_core.config.knobs import knob
 from nestdiff_core.config.levels import (
     ConditioningConfig,
@@ -34,6 +41,7 @@ __all__ = [
     "ExperimentConfig",
     "FeaturesConfig",
     "ImagesConfig",
+    "JudgeConfig",
     "LadderConfig",
     "LevelConfig",
     "MoCoConfig",

@@ -96,6 +96,12 @@ class ExperimentConfig:
             require(
                 self.images.labels, "conditioning.labels", "images.labels: true when it is `class`", self.images.labels
             )
+        require(
+            not self.evaluation.clip_score or self.conditioning.labels == "text",
+            "evaluation.clip_score",
+            "conditioning.labels: text when it is on",
+            self.conditioning.labels,
+        )
         if self.evaluation.probe:
             require(
                 self.images.labels and self.evaluation.reference == "train",
@@ -203,10 +209,10 @@ class ExperimentConfig:
             self.search.level,
         )
         require(
-            any(self.search.metric.endswith(f"_{name}") for name in self.evaluation.extractors)
-            or ("inception" in self.evaluation.extractors and self.search.metric in ("fid", "kid")),
+            any(self.search.metric.endswith(f"_{name}") for name in self.evaluation.spaces)
+            or ("inception" in self.evaluation.extractors and self.search.metric in ("fid", "kid", "fid_infinity")),
             "search.metric",
-            f"a number of one of {self.evaluation.extractors}, such as fd_{self.evaluation.extractors[0]}",
+            f"a number of one of {self.evaluation.spaces}, such as fd_{''.join(self.evaluation.spaces[:1])}",
             self.search.metric,
         )
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from nestdiff_core.config.data import EncoderConfig
 from nestdiff_core.config.knobs import knob, require
+
+SPACES = ("encoder", "pixels", "inception")  # feature spaces that need no judge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,22 +61,62 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """An encoder that is foreign to the experiment, as a feature space of its numbers."""
+
+    name: str = knob("", "What its numbers are called after: dinov2 gives fd_dinov2.")
+    encoder: EncoderConfig = knob(
+        EncoderConfig(weights="random"),
+        "The network: timm, open_clip or torchvision with its weights; moco with the folder of an `encoder` artifact.",
+    )
+
+    def __post_init__(self) -> None:
+        where = "evaluation.judges"
+        plain = self.name.isascii() and self.name.isalnum() and self.name == self.name.lower()
+        require(plain, f"{where}.name", "lower-case letters and digits", self.name)
+        require(self.name not in SPACES, f"{where}.name", f"none of {SPACES}", self.name)
+        kinds = ("timm", "open_clip", "torchvision", "moco")
+        require(self.encoder.kind in kinds, f"{where}.encoder.kind", f"one of {kinds}", self.encoder.kind)
+        require(bool(self.encoder.weights), f"{where}.encoder.weights", "a file, `hub` or `random`", "")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Which numbers are computed on the samples."""
 
     extractors: tuple[str, ...] = knob(
         ("encoder",), "Feature spaces of the Frechet distance: encoder (this experiment's own), pixels, inception."
     )
+    judges: tuple[JudgeConfig, ...] = knob(
+        (), "Further feature spaces, of encoders that are foreign to the experiment.", decides="if_changed"
+    )
     reference: Literal["train", "held_out"] = knob("train", "The real images that samples are compared with.")
+    reference_statistics: str = knob(
+        "",
+        "An .npz that takes their place in its space: mu and sigma, or images as arr_0, as ADM's evaluator has them "
+        "(inception, unless the file names another space).",
+        decides="if_changed",
+    )
     inception_weights: str = knob("", "For inception: a local .pth, or `download` to let torch-fidelity fetch it.")
     num_neighbours: int = knob(3, "k of precision and recall.")
     probe: bool = knob(False, "Judge the samples with a classifier trained on the real labelled images.")
+    clip_score: bool = knob(
+        False,
+        "Whether images are compared with their captions, by the CLIP whose text tower is conditioning.text.",
+        decides="if_changed",
+    )
+
+    @property
+    def spaces(self) -> tuple[str, ...]:
+        """Names of all feature spaces: the extractors, then the judges."""
+        return (*self.extractors, *(judge.name for judge in self.judges))
 
     def __post_init__(self) -> None:
         require(self.num_neighbours >= 1, "evaluation.num_neighbours", ">= 1", self.num_neighbours)
-        known = ("encoder", "pixels", "inception")
         for name in self.extractors:
-            require(name in known, "evaluation.extractors", f"each one of {known}", name)
+            require(name in SPACES, "evaluation.extractors", f"each one of {SPACES}", name)
+        names = [judge.name for judge in self.judges]
+        require(len(set(names)) == len(names), "evaluation.judges", "different names", names)
         if "inception" in self.extractors:
             require(
                 bool(self.inception_weights),

@@ -12,7 +12,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from nestdiff_core.artifacts import Artifact, ArtifactWriter
+from nestdiff_core.artifacts import Artifact, ArtifactWriter, open_artifact
 from nestdiff_core.config import AutoencoderConfig, EncoderConfig
 from nestdiff_core.config_io import from_dict, to_dict
 from nestdiff_core.encoders.base import Encoder, feature_shapes, normalisation
@@ -37,6 +37,7 @@ from nestdiff_core.progress import Progress
 __all__ = [
     "Encoder",
     "build_encoder",
+    "build_judge",
     "encode_captions",
     "encode_crops",
     "extract_crops",
@@ -68,12 +69,6 @@ def build_encoder(
             mean, std = normalisation(config, *pixel_statistics(index))
             batches = training_batches(index, config.moco.batch_size, config.moco.seed)
             encoder, losses = train_moco(config, batches, mean, std, device=device, progress=progress)
-        case "timm":
-            encoder = _timm(config)
-        case "open_clip":
-            encoder = clip_encoder(config, clip_network(config, fetch=True))
-        case "torchvision":
-            encoder = torchvision_encoder(config, torchvision_network(config, fetch=True))
         case "autoencoder":
             encoder = code_encoder(
                 config,
@@ -82,6 +77,8 @@ def build_encoder(
                 resolution=index.resolution,
                 device=device,
             )
+        case _:
+            encoder = _published(config)
     encoder.to(device).eval().requires_grad_(False)
     with replacing(writer.path / MODEL) as temporary:
         safetensors.torch.save_file(
@@ -115,6 +112,18 @@ def build_encoder(
         "loss": _thinned(losses),
         "knn": knn,
     }
+
+
+def build_judge(config: EncoderConfig, *, device: str | torch.device = "cpu") -> Encoder:
+    """An encoder that is made from its configuration alone, frozen, in eval mode, on `device`.
+
+    Kind moco: `config.weights` is the folder of an `encoder` artifact, as an experiment has left it.
+    """
+    if config.kind == "moco":
+        artifact = open_artifact(Path(config.weights).expanduser(), stage="encoder")
+        artifact.verify()
+        return load_encoder(artifact, device=device)
+    return _published(config).to(device).eval().requires_grad_(False)
 
 
 def load_encoder(artifact: Artifact, *, device: str | torch.device = "cpu", compiled: bool = False) -> Encoder:
@@ -155,6 +164,24 @@ def _untrained(record: dict[str, Any], device: str | torch.device) -> Encoder:
                 device=device,
             )
     return encoder.to(device).eval().requires_grad_(False)
+
+
+def _published(config: EncoderConfig) -> Encoder:
+    """A library's network with the weights that `config` names."""
+    match config.kind:
+        case "timm":
+            return _timm(config)
+        case "open_clip":
+            return clip_encoder(config, clip_network(config, fetch=True))
+        case "torchvision":
+            return torchvision_encoder(config, torchvision_network(config, fetch=True))
+    raise ConfigError(
+        "An encoder of this kind cannot be made without images",
+        key="encoder.kind",
+        expected=["timm", "open_clip", "torchvision"],
+        found=config.kind,
+        fix="Choose one of these.",
+    )
 
 
 def _timm(config: EncoderConfig) -> ViTEncoder:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 from jaxtyping import Float
 from open_clip.transformer import VisionTransformer
 from timm.layers.pos_embed import resample_abs_pos_embed
-from torch import Tensor
+from torch import Tensor, nn
 
 from nestdiff_core.config import EncoderConfig
 from nestdiff_core.encoders.base import Encoder, normalisation
@@ -94,6 +94,34 @@ def clip_encoder(config: EncoderConfig, network: VisionTransformer) -> ClipEncod
         tuple(published.get("std", open_clip.OPENAI_DATASET_STD)),
     )
     return ClipEncoder(network, input_size=config.input_size, mean=mean, std=std)
+
+
+class ImageTower(NamedTuple):
+    """The image tower of a CLIP of any kind, images -> embeddings, and how images enter it."""
+
+    network: nn.Module
+    input_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def image_tower(name: str, weights: str, *, where: str = "encoder") -> ImageTower:
+    """The whole image tower of open_clip's `name` at its own input size, residual networks and timm's included.
+
+    Raises ConfigError, EnvironmentFault and IntegrityError as `clip_network`.
+    """
+    shape = clip_shape(name, weights, where=where)
+    size = shape["vision_cfg"]["image_size"]
+    with seeded(0):
+        network = _model(shape, vision=shape["vision_cfg"], text=_TINY).visual
+    if path := clip_file(name, weights, where=where):
+        fill(network, clip_state(path, "visual", shape, where=where), path, where=where)
+    published = open_clip.get_pretrained_cfg(name, _tag(weights) or "")
+    mean, std = (
+        tuple(published.get(key, default))
+        for key, default in (("mean", open_clip.OPENAI_DATASET_MEAN), ("std", open_clip.OPENAI_DATASET_STD))
+    )
+    return ImageTower(network, size if isinstance(size, int) else size[0], mean, std)
 
 
 # --- what both towers share ---------------------------------------------------------------------------------------

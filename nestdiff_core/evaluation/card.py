@@ -1,6 +1,7 @@
 """The metric card: everything that a number depends on, in JSON beside it.
 
-Two numbers may be put side by side when their cards differ in nothing but what is being compared (`differences`).
+Two numbers may be put side by side when their cards differ in nothing but what is being compared (`differences`): in
+how the samples were made, and not in how they were measured (`compare`).
 """
 
 from __future__ import annotations
@@ -23,9 +24,15 @@ class SampleOrigin:
     seed: int
     label_sampling: str  # "none", or how class labels were drawn
     sampler: str
+    spacing: str  # of the sampling times
     num_evaluations: int  # per level
+    precision: str  # of the denoisers
     noise_gamma: float
+    noise_decay: str
+    noise_draw: str
+    null_branch: str  # what guidance contrasts with
     guidance: dict[int, float]
+    guidance_interval: dict[int, tuple[float, ...]]
     condition_noise: dict[int, float]
     ema_decay: dict[int, float]
     checkpoints: dict[int, str]
@@ -36,13 +43,20 @@ class SampleOrigin:
         cls, config: ExperimentConfig, checkpoints: Mapping[int, str], *, label_sampling: str = "none"
     ) -> SampleOrigin:
         """The origin of the samples that `config` describes, made with these checkpoints."""
+        sampling = config.sampling
         return cls(
-            seed=config.sampling.seed,
+            seed=sampling.seed,
             label_sampling=label_sampling,
-            sampler=config.sampling.sampler,
-            num_evaluations=config.sampling.num_evaluations,
-            noise_gamma=config.sampling.noise_gamma,
+            sampler=sampling.sampler,
+            spacing=sampling.spacing,
+            num_evaluations=sampling.num_evaluations,
+            precision=sampling.precision,
+            noise_gamma=sampling.noise_gamma,
+            noise_decay=sampling.noise_decay,
+            noise_draw=sampling.noise_draw,
+            null_branch=sampling.null_branch,
             guidance={level.level: level.guidance for level in config.levels},
+            guidance_interval={level.level: level.guidance_interval for level in config.levels},
             condition_noise={level.level: level.condition_noise for level in config.levels},
             ema_decay={level.level: level.train.ema_decay for level in config.levels},
             checkpoints=dict(checkpoints),
@@ -55,19 +69,19 @@ def _packages() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricCard:
-    """What one number depends on. Digests are sha256 over pixels in order."""
+    """What one number depends on. Digests are sha256 over pixels in order, or of a file of statistics."""
 
     metric: str
     extractor: str
     weights_sha256: str
     preprocessing: dict[str, Any]  # how images enter the extractor
     reference_digest: str
-    num_reference: int
+    num_reference: int | None  # None: statistics that do not say it
     samples_digest: str
     num_samples: int
     resize_filter: str  # of the reference's preparation; the samples are not resized
     settings: dict[str, Any]  # the metric's own: seed, neighbours, subsets
-    origin: SampleOrigin
+    origin: SampleOrigin | None  # None: images that came without a record of how they were made
     code_version: str = field(default_factory=code_version)
     packages: dict[str, str] = field(default_factory=_packages)
 
@@ -77,15 +91,46 @@ class MetricCard:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MetricCard:
+        if data["origin"] is None:
+            return cls(**data)
         origin = dict(data["origin"])
-        for name in ("guidance", "condition_noise", "ema_decay", "checkpoints"):
+        for name in ("guidance", "guidance_interval", "condition_noise", "ema_decay", "checkpoints"):
             origin[name] = {int(level): value for level, value in origin[name].items()}
+        origin["guidance_interval"] = {level: tuple(ends) for level, ends in origin["guidance_interval"].items()}
         return cls(**{**data, "origin": SampleOrigin(**origin)})
 
 
 def differences(card_a: MetricCard, card_b: MetricCard) -> list[str]:
     """Dotted names of the fields in which two cards differ, such as `num_reference` or `origin.guidance.2`."""
     return _differing(card_a.to_dict(), card_b.to_dict(), "")
+
+
+_OF_SAMPLES = ("samples_digest", "origin")  # all other fields say how a number was measured
+
+
+def compare(metrics_a: Mapping[str, Any], metrics_b: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each number that both evaluations have: number, one, other, and in which fields of their cards the
+    samples differ and the measurement does. Only numbers without the second kind may be put side by side.
+
+    Both as `report.evaluate` has them in `metrics`: {name: {value, card, ...}}.
+    """
+    rows = []
+    for name in (name for name in metrics_a if name in metrics_b):
+        one, other = metrics_a[name], metrics_b[name]
+        fields = _differing(one["card"], other["card"], "")
+        samples = [field for field in fields if field.split(".")[0] in _OF_SAMPLES]
+        measured = [field for field in fields if field not in samples]
+        rows.append(
+            {
+                "number": name,
+                "one": one["value"],
+                "other": other["value"],
+                "comparable": "no" if measured else "yes",
+                "measured differently": ", ".join(measured),
+                "samples differ in": ", ".join(samples),
+            }
+        )
+    return rows
 
 
 def _differing(a: Any, b: Any, where: str) -> list[str]:
@@ -100,4 +145,6 @@ def _differing(a: Any, b: Any, where: str) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
     return {str(k): _plain(v) for k, v in value.items()} if isinstance(value, dict) else value

@@ -4,16 +4,22 @@
                 feature map, so it is a judge that the denoisers were conditioned on.
     pixels      the image in [0, 1], averaged over at most 8x8 areas: no network, and nothing was conditioned on it.
     inception   torch-fidelity's port of the FID network (2048 features), the one that published numbers use.
+    any other   the vector of an encoder foreign to the experiment (`evaluation.judges`), such as DINOv2.
 
 An extractor carries the sha256 of its weights and its preprocessing: numbers of two extractors that bear one name
 are told apart by them (card.py). Which distance is computed on the features is image_metrics.py's business.
+
+`extract` keeps little of a set of any size (`FeatureSet`): moments of all images, features of some.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -25,9 +31,14 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from nestdiff_core.errors import ConfigError, EnvironmentFault, InputError, IntegrityError, NumericsError
+from nestdiff_core.evaluation.gaussian import PARTS, Gaussian, random_parts
 from nestdiff_core.files import environment_faults, sha256_file
+from nestdiff_core.latents.moments import BLOCK_ROWS, Moments, merge
+from nestdiff_core.progress import Progress, silent
 
 PIXEL_GRID = 8
+MAX_KEPT = 10_000  # features of a set that are kept: what compares pairs of images needs them
+SCORE_SPLITS, SCORE_SEED = 10, 0  # of the Inception score: parts of the shuffled images
 
 
 @runtime_checkable
@@ -56,7 +67,7 @@ class Encoder(Protocol):
 class Extractor:
     """A feature space. `embed` maps a batch of uint8 images to features, and to class logits where it has them."""
 
-    kind: str  # encoder, pixels or inception: what a number is called follows from it
+    kind: str  # encoder, pixels, inception or a judge's name: what a number is called follows from it
     weights_sha256: str  # "none" where there are no weights
     preprocessing: dict[str, Any]  # how an image enters: recorded, since it moves numbers as weights do
     embed: Callable[[UInt8[np.ndarray, "B H W C"]], tuple[Float[Tensor, "B D"], Float[Tensor, "B K"] | None]]
@@ -64,40 +75,65 @@ class Extractor:
     def metric_name(self, metric: str) -> str:
         """What a metric is called here. Only inception's Frechet and kernel distances are `fid` and `kid`."""
         if self.kind == "inception":
-            return {"fd": "fid", "kd": "kid"}.get(metric, metric)
+            return {"fd": "fid", "kd": "kid", "fd_infinity": "fid_infinity"}.get(metric, metric)
         return f"{metric}_{self.kind}"
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features of a set of images. `digest` is the sha256 of their pixels in order."""
+    """What is known of a set of images in one space, in memory that does not grow with their number.
 
-    values: Float[Tensor, "N D"]
-    logits: Float[Tensor, "N K"] | None
+    values, logits: of all images, or of `MAX_KEPT` random ones, in order, float64. digest: sha256 of all pixels in
+    order. image_shape: (H, W, C), or None where only statistics are known. fitted: the Gaussian of all images, where
+    `values` are of some. parts: moments of random parts of the set, where they were taken (gaussian.limit). score: the
+    Inception score of all images and its deviation, where `logits` are of some.
+    """
+
+    values: Float[Tensor, "n D"]
+    logits: Float[Tensor, "n K"] | None
     digest: str
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, int, int] | None
+    fitted: Gaussian | None = None
+    parts: tuple[Moments, ...] = ()
+    score: tuple[float, float] | None = None
+
+    @property
+    def count(self) -> int | None:
+        """How many images there are; None where only statistics of an unknown number are known."""
+        return len(self.values) if self.fitted is None else self.fitted.count
 
     def __len__(self) -> int:
-        return len(self.values)
+        return self.count or 0
+
+    @cached_property
+    def gaussian(self) -> Gaussian:
+        return self.fitted or Gaussian.of(Moments.of(self.values.numpy()))
 
     def subset(self, num_images: int, seed: int) -> FeatureSet:
-        """A random subset without replacement, in order; everything when `num_images` is not smaller."""
+        """A random subset of the kept images without replacement, in order; everything when `num_images` is not
+        smaller than the whole set."""
         if num_images >= len(self):
             return self
-        rows = torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(len(self))[:num_images]))
+        rows = torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(len(self.values))[:num_images]))
         logits = None if self.logits is None else self.logits[rows]
-        return FeatureSet(
-            self.values[rows], logits, f"{self.digest} ({num_images} of {len(self)}, seed {seed})", self.image_shape
-        )
+        digest = f"{self.digest} ({len(rows)} of {len(self)}, seed {seed})"
+        return FeatureSet(self.values[rows], logits, digest, self.image_shape)
 
 
 # --- the spaces ---------------------------------------------------------------------------------------------------
 
 
 def build_extractor(
-    kind: str, *, encoder: Encoder | None = None, inception_weights: str = "", device: torch.device | str = "cpu"
+    kind: str,
+    *,
+    encoder: Encoder | None = None,
+    inception_weights: str = "",
+    judges: Mapping[str, Encoder] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Extractor:
-    """The extractor of that name in `EvaluationConfig.extractors`."""
+    """The extractor of that name in `EvaluationConfig.spaces`. judges: the independent encoders by name."""
+    if judges is not None and kind in judges:
+        return encoder_extractor(judges[kind], kind=kind)
     match kind:
         case "encoder":
             if encoder is None:
@@ -115,13 +151,13 @@ def build_extractor(
     raise ConfigError(
         "There is no such feature space",
         key="evaluation.extractors",
-        expected=["encoder", "pixels", "inception"],
+        expected=["encoder", "pixels", "inception", *(judges or ())],
         found=kind,
         fix="Name one of those.",
     )
 
 
-def encoder_extractor(encoder: Encoder) -> Extractor:
+def encoder_extractor(encoder: Encoder, *, kind: str = "encoder") -> Extractor:
     """The encoder's class vector: one vector an image, and not the pooled map from which the latents are cut.
 
     Runs where the encoder's weights are; the encoder does its own resizing and repeats grey images as it was trained.
@@ -131,7 +167,7 @@ def encoder_extractor(encoder: Encoder) -> Extractor:
         return encoder.encode(images)[1], None
 
     preprocessing = {"input_size": encoder.input_size, "mean": list(encoder.mean), "std": list(encoder.std)}
-    return Extractor("encoder", weights_sha256(encoder.state_dict()), preprocessing, embed)
+    return Extractor(kind, weights_sha256(encoder.state_dict()), preprocessing, embed)
 
 
 def pixel_extractor() -> Extractor:
@@ -205,12 +241,28 @@ def _download_inception() -> Path:
 # --- images to features -------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def extract(images: Images, extractor: Extractor, *, batch_size: int = 256) -> FeatureSet:
-    """Features of every image, in order, as float64 on the CPU. Images are streamed; only features are kept.
+    """`extract_all` in one space."""
+    return extract_all(images, [extractor], batch_size=batch_size)[0]
 
-    Raises InputError for images that are not uint8 HWC of one shape or fewer than two, NumericsError for features
-    that are not finite.
+
+@torch.no_grad()
+def extract_all(
+    images: Images,
+    extractors: Sequence[Extractor],
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: Progress = silent,
+    what: str = "features",
+) -> list[FeatureSet]:
+    """The set in each space, in one pass: images are read once, in order, a batch in memory at a time.
+
+    seed: of which features are kept and of the random parts. The same bits whatever the batch size, as far as the
+    network gives them: most round in another way in batches of another size.
+
+    Raises InputError for images that are not uint8 HWC of one shape, that all are black (values from 0 to 1 that were
+    cut to whole numbers) or fewer than two, NumericsError for features that are not finite.
     """
     if len(images) < 2:
         raise InputError(
@@ -220,37 +272,154 @@ def extract(images: Images, extractor: Extractor, *, batch_size: int = 256) -> F
             found=len(images),
             fix="Raise sampling.num_images, or give more images.",
         )
-    values, logits, digest = [], [], hashlib.sha256()
-    shape: tuple[int, int, int] | None = None
+    digest, brightest = PixelDigest(), 0
+    running = [_Running(extractor, len(images), seed) for extractor in extractors]
+    progress(0, len(images), what)
     for batch in batches(images, batch_size):
-        shape = shape or batch.shape[1:]
-        if batch.shape[1:] != shape:
+        digest.update(batch)
+        brightest = max(brightest, int(batch.max()))
+        for space in running:
+            space.add(batch)
+        progress(digest.count, len(images), what)
+    if brightest <= 1:
+        raise InputError(
+            "All pixels of a set of images are 0 or 1",
+            stage="evaluation",
+            expected="values from 0 to 255",
+            found=f"at most {brightest}",
+            fix="Multiply images in [0, 1] by 255, or use to_uint8 for network outputs.",
+        )
+    return [space.finish(digest.hexdigest(), cast(tuple[int, int, int], digest.shape)) for space in running]
+
+
+@torch.no_grad()
+def estimate_seconds(images: Images, extractors: Sequence[Extractor], *, batch_size: int = 256) -> float:
+    """What the networks of `extract_all` will take, from one batch (after a first, which warms up); reading comes on
+    top."""
+    batch = next(batches(images, batch_size))
+    start = 0.0
+    for _ in range(2):
+        start = time.monotonic()
+        for extractor in extractors:
+            extractor.embed(batch)[0].sum().item()  # waits for the device
+    return (time.monotonic() - start) / len(batch) * len(images)
+
+
+class PixelDigest:
+    """sha256 of the pixels of a set in order, its number and shape included; refuses images of several shapes."""
+
+    def __init__(self) -> None:
+        self._pixels, self.count = hashlib.sha256(), 0
+        self.shape: tuple[int, ...] | None = None
+
+    def update(self, batch: UInt8[np.ndarray, "B H W C"]) -> None:
+        self.shape = self.shape or batch.shape[1:]
+        if batch.shape[1:] != self.shape:
             raise InputError(
                 "Images of one set differ in shape",
                 stage="evaluation",
-                expected=shape,
+                expected=self.shape,
                 found=batch.shape[1:],
                 fix="Resize them to one resolution.",
             )
-        digest.update(batch.tobytes())
-        feature, logit = extractor.embed(batch)
-        values.append(feature.double().cpu())
+        self._pixels.update(batch.tobytes())
+        self.count += len(batch)
+
+    def hexdigest(self) -> str:
+        whole = self._pixels.copy()
+        whole.update(repr((self.count, *(self.shape or ()))).encode())
+        return whole.hexdigest()
+
+
+class _Running:
+    """A set in one space while its images come: features of blocks of fixed size become moments of random parts."""
+
+    def __init__(self, extractor: Extractor, num_images: int, seed: int) -> None:
+        self.extractor, self.num_images = extractor, num_images
+        self.part = random_parts(num_images, seed)
+        self.kept = np.zeros(num_images, bool)
+        self.kept[np.random.default_rng([seed, 1]).permutation(num_images)[:MAX_KEPT]] = True
+        self.moments: list[Moments] = []
+        self.values: list[Tensor] = []
+        self.logits: list[Tensor] = []
+        self.score: _Score | None = None
+        self._block: list[np.ndarray] = []
+        self._in_block = self._seen = self._in_moments = 0
+
+    def add(self, batch: UInt8[np.ndarray, "B H W C"]) -> None:
+        feature, logit = self.extractor.embed(batch)
+        feature = feature.double().cpu()
+        rows = slice(self._seen, self._seen + len(feature))
+        self._seen = rows.stop
+        broken = (~feature.isfinite()).any(dim=1).nonzero()
+        if len(broken):
+            raise NumericsError(
+                "Features are not finite",
+                stage="evaluation",
+                key=f"{self.extractor.kind} feature of image {rows.start + int(broken[0])}",
+                found=f"{len(broken)} of {len(feature)} images of its batch",
+                fix="Check the extractor's weights.",
+            )
+        chosen = torch.from_numpy(self.kept[rows])
+        self.values.append(feature[chosen])
         if logit is not None:
-            logits.append(logit.double().cpu())
-    features = torch.cat(values)
-    broken = (~features.isfinite()).any(dim=1).nonzero()
-    if len(broken):
-        raise NumericsError(
-            "Features are not finite",
-            stage="evaluation",
-            key=f"{extractor.kind} feature of image {int(broken[0])}",
-            found=f"{len(broken)} of {len(features)} images",
-            fix="Check the extractor's weights.",
+            logit = logit.double().cpu()
+            self.logits.append(logit[chosen])
+            if self.num_images > MAX_KEPT:
+                self.score = self.score or _Score(self.num_images, logit.shape[1])
+                self.score.add(logit, rows)
+        self._block.append(feature.numpy())
+        self._in_block += len(feature)
+        if self._in_block >= BLOCK_ROWS:
+            self._flush(BLOCK_ROWS * (self._in_block // BLOCK_ROWS))
+
+    def _flush(self, num: int) -> None:
+        """Moments of the first `num` rows of the block, part by part, in blocks that do not depend on the batches."""
+        rows = np.concatenate(self._block)
+        self._block, self._in_block = [rows[num:]], len(rows) - num
+        for start in range(0, num, BLOCK_ROWS):
+            block = rows[start : min(start + BLOCK_ROWS, num)]
+            part = self.part[self._in_moments : self._in_moments + len(block)]
+            self._in_moments += len(block)
+            new = [Moments.of(block[part == k]) for k in range(PARTS)]
+            self.moments = [merge(a, b) for a, b in zip(self.moments, new, strict=True)] if self.moments else new
+
+    def finish(self, digest: str, shape: tuple[int, int, int]) -> FeatureSet:
+        self._flush(self._in_block)
+        return FeatureSet(
+            torch.cat(self.values),
+            torch.cat(self.logits) if self.logits else None,
+            digest,
+            shape,
+            fitted=Gaussian.of(functools.reduce(merge, self.moments)),
+            parts=tuple(self.moments),
+            score=self.score.value() if self.score else None,
         )
-    digest.update(repr((len(images), *cast(tuple, shape))).encode())
-    return FeatureSet(
-        features, torch.cat(logits) if logits else None, digest.hexdigest(), cast(tuple[int, int, int], shape)
-    )
+
+
+class _Score:
+    """The Inception score of many images, from sums over each of torch-fidelity's shuffled splits."""
+
+    def __init__(self, num_images: int, num_classes: int) -> None:
+        order = np.random.RandomState(SCORE_SEED).permutation(num_images)
+        self.split = np.empty(num_images, np.int64)
+        for k in range(SCORE_SPLITS):
+            self.split[order[k * num_images // SCORE_SPLITS : (k + 1) * num_images // SCORE_SPLITS]] = k
+        self.probability = torch.zeros(SCORE_SPLITS, num_classes, dtype=torch.float64)
+        self.negative_entropy = torch.zeros(SCORE_SPLITS, dtype=torch.float64)
+
+    def add(self, logits: Float[Tensor, "B K"], rows: slice) -> None:
+        split = torch.from_numpy(self.split[rows])
+        log_p = logits.log_softmax(dim=1)
+        self.probability.index_add_(0, split, log_p.exp())
+        self.negative_entropy.index_add_(0, split, (log_p.exp() * log_p).sum(dim=1))
+
+    def value(self) -> tuple[float, float]:
+        """Mean and deviation over the splits of exp(mean_i sum p_i log p_i - sum q log q), q being the mean of p_i."""
+        counts = torch.from_numpy(np.bincount(self.split, minlength=SCORE_SPLITS)).double()
+        q = self.probability / counts[:, None]
+        scores = (self.negative_entropy / counts - torch.special.xlogy(q, q).sum(dim=1)).exp()
+        return float(scores.mean()), float(scores.std(correction=0))
 
 
 def batches(images: Images, batch_size: int) -> Iterator[UInt8[np.ndarray, "B H W C"]]:

@@ -1,13 +1,14 @@
-"""Distances between two sets of images in one feature space, computed by torch-fidelity.
+"""Distances between two sets of images in one feature space.
 
-    fd         Frechet distance of two Gaussians fitted to the features (arXiv 1706.08500); `fid` with inception only
+    fd         Frechet distance of two Gaussians fitted to the features (gaussian.py); `fid` with inception only
+    fd_infinity   what it tends to with ever more samples; `fid_infinity` with inception
     precision  share of samples inside the reference's manifold: balls to each image's k-th neighbour (arXiv 1904.06991)
     recall     share of reference images inside the samples' manifold
     kd         kernel distance, unbiased, mean and deviation over subsets (arXiv 1801.01401); `kid` with inception only
     inception_score   of the samples alone (arXiv 1606.03498); with inception only
 
-Each set passes through its extractor once (extractors.extract) and torch-fidelity is given the features. Its named
-cache is not used: it returns the old number for new data of the same name.
+Each set passes through its extractor once (extractors.extract); torch-fidelity's own functions are given the features.
+fd, fd_infinity and the score are of all images, the others of at most `MAX_KEPT` random ones of each set.
 """
 
 from __future__ import annotations
@@ -17,30 +18,40 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch_fidelity
-from jaxtyping import Float
-from torch import Tensor
-from torch.utils.data import Dataset
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
 
 from nestdiff_core.errors import IntegrityError, NumericsError
-from nestdiff_core.evaluation.extractors import Extractor, FeatureSet, Images, extract
+from nestdiff_core.evaluation.extractors import (
+    MAX_KEPT,
+    SCORE_SEED,
+    SCORE_SPLITS,
+    Extractor,
+    FeatureSet,
+    Images,
+    extract,
+)
+from nestdiff_core.evaluation.gaussian import LEAST_SIZES, PARTS, frechet_distance, limit, random_parts
+from nestdiff_core.latents.moments import Moments
 
-MAX_NEIGHBOUR_IMAGES = 10_000  # precision and recall compare all pairs
+MAX_NEIGHBOUR_IMAGES = MAX_KEPT  # precision and recall compare all pairs
 KERNEL_SUBSETS, MIN_KERNEL_SUBSET = 100, 50
 MAX_KERNEL_SUBSET = 500  # the mean is unbiased at any size; torch-fidelity's 1000 takes four times as long
-SCORE_SPLITS, MIN_SCORE_IMAGES = 10, 100
+MIN_SCORE_IMAGES = 100
 
 
 @dataclass(frozen=True)
 class Numbers:
     """The metrics of one comparison: values by name (and their standard deviations over subsets, where they have
-    one), what to know before believing them, and how they were computed."""
+    one; of fd_infinity its standard error), what to know before believing them, and how they were computed: `settings`
+    of all, `own` of each."""
 
     values: dict[str, float]
     deviations: dict[str, float]
     warnings: tuple[str, ...]
     settings: dict[str, Any]
+    own: dict[str, dict[str, Any]]
     extractor: Extractor
     samples: FeatureSet
     reference: FeatureSet
@@ -79,14 +90,22 @@ def floor(
 
 
 def feature_metrics(
-    samples: FeatureSet, reference: FeatureSet, extractor: Extractor, *, num_neighbours: int = 3, seed: int = 0
+    samples: FeatureSet,
+    reference: FeatureSet,
+    extractor: Extractor,
+    *,
+    num_neighbours: int = 3,
+    seed: int = 0,
+    infinity: bool = False,
 ) -> Numbers:
     """Every metric that the number of images allows; `warnings` names those left out and those to distrust.
 
-    `seed` draws the subsets of precision, recall and kd. Raises IntegrityError for images of different shapes,
+    `seed` draws the subsets of precision, recall and kd. infinity: with fd_infinity, which takes about thirty times as
+    long as fd. Raises IntegrityError for images of different shapes or features of different dimensions,
     NumericsError for a value that is not finite.
     """
-    if samples.image_shape != reference.image_shape:
+    shapes = {samples.image_shape, reference.image_shape} - {None}
+    if len(shapes) > 1:
         raise IntegrityError(
             "Samples and reference have different shapes",
             stage="evaluation",
@@ -94,22 +113,33 @@ def feature_metrics(
             found=samples.image_shape,
             fix="Take the reference from the images that the model was trained on.",
         )
+    if samples.gaussian.dimension != reference.gaussian.dimension:
+        raise IntegrityError(
+            "Samples and reference have features of different dimensions",
+            stage="evaluation",
+            key=extractor.kind,
+            expected=reference.gaussian.dimension,
+            found=samples.gaussian.dimension,
+            fix="Take a reference that was made with the same extractor.",
+        )
     name = extractor.metric_name
     parts = [
-        _frechet(samples, reference, name("fd"), seed),
+        _frechet(samples, reference, name("fd")),
+        *([_infinity(samples, reference, name("fd_infinity"), seed)] if infinity else []),
         _neighbours(samples, reference, num_neighbours, seed),
         _kernel(samples, reference, name("kd"), seed),
-        _score(samples, seed),
+        _score(samples),
     ]
+    common = {"feature_dimension": samples.gaussian.dimension}
     values = {name(k): v for part in parts for k, v in part.values.items()}
     deviations = {name(k): v for part in parts for k, v in part.deviations.items()}
     for metric, value in [*values.items(), *deviations.items()]:
         if not math.isfinite(value):
             raise _not_finite(metric, value)
-    settings = {"seed": seed, "feature_dimension": samples.values.shape[1]}
-    settings |= {k: v for part in parts for k, v in part.settings.items()}
+    settings = {"seed": seed, **common, **{k: v for part in parts for k, v in part.settings.items()}}
+    own = {name(k): {**common, **part.settings} for part in parts for k in part.values}
     warnings = tuple(text for part in parts for text in part.warnings)
-    return Numbers(values, deviations, warnings, settings, extractor, samples, reference)
+    return Numbers(values, deviations, warnings, settings, own, extractor, samples, reference)
 
 
 @dataclass(frozen=True)
@@ -122,55 +152,90 @@ class _Part:
     warnings: tuple[str, ...] = ()
 
 
-def _frechet(samples: FeatureSet, reference: FeatureSet, name: str, seed: int) -> _Part:
+def _frechet(samples: FeatureSet, reference: FeatureSet, name: str) -> _Part:
     try:
-        found = _fidelity(samples.values, reference.values, seed, fid=True)
-    except np.linalg.LinAlgError as error:
+        value = frechet_distance(samples.gaussian, reference.gaussian)
+    except (np.linalg.LinAlgError, NumericsError) as error:
         raise _not_finite(name, str(error)) from error
-    n, dimension = min(len(samples), len(reference)), samples.values.shape[1]
-    warning = (
-        f"{name}: {n} images for {dimension} feature dimensions leave the covariance singular; "
-        f"compare it only with the same metric at {n} images."
+    n, dimension = _fewest(samples, reference), samples.gaussian.dimension
+    warnings = []
+    if n <= dimension:
+        warnings.append(
+            f"{name}: {n} images for {dimension} feature dimensions leave the covariance singular; "
+            f"compare it only with the same metric at {n} images."
+        )
+    if reference.count is None:
+        warnings.append(f"{name}: the reference does not say how many images it was made from.")
+    return _Part({"fd": value}, warnings=tuple(warnings))
+
+
+def _fewest(samples: FeatureSet, reference: FeatureSet) -> int:
+    """Images of the smaller set, of those that say how many they are."""
+    return min(features.count for features in (samples, reference) if features.count is not None)
+
+
+def _infinity(samples: FeatureSet, reference: FeatureSet, name: str, seed: int) -> _Part:
+    parts = samples.parts
+    if not parts and len(samples.values) == len(samples):
+        which = random_parts(len(samples), seed)
+        parts = tuple(Moments.of(samples.values.numpy()[which == k]) for k in range(PARTS))
+    found = limit(parts, reference.gaussian) if parts else None
+    if found is None:
+        needed = LEAST_SIZES * samples.gaussian.dimension
+        warning = f"{name}: left out, needs about {needed:,} images and there are {len(samples):,}."
+        return _Part(warnings=(warning,))
+    return _Part(
+        {"fd_infinity": found.value},
+        {"fd_infinity": found.standard_error},
+        {"part_images": list(found.sizes)},
     )
-    return _Part({"fd": found["frechet_inception_distance"]}, warnings=(warning,) if n <= dimension else ())
 
 
 def _neighbours(samples: FeatureSet, reference: FeatureSet, k: int, seed: int) -> _Part:
-    n = min(len(samples), len(reference))
+    fake, real = (features.subset(MAX_NEIGHBOUR_IMAGES, seed) for features in (samples, reference))
+    n = min(len(fake.values), len(real.values))
     if n <= k:
         return _Part(warnings=(f"precision and recall: left out, {k} neighbours need more than {n} images.",))
-    fake, real = (features.subset(MAX_NEIGHBOUR_IMAGES, seed) for features in (samples, reference))
-    found = _fidelity(fake.values, real.values, seed, prc=True, prc_neighborhood=k, prc_batch_size=1_000)
-    settings = {"num_neighbours": k, "neighbour_images": [len(fake), len(real)]}
+    found = prc_features_to_metric(
+        fake.values, real.values, prc_neighborhood=k, prc_batch_size=1_000, save_cpu_ram=True, verbose=False
+    )
+    settings = {"seed": seed, "num_neighbours": k, "neighbour_images": [len(fake.values), len(real.values)]}
     return _Part({"precision": found["precision"], "recall": found["recall"]}, settings=settings)
 
 
 def _kernel(samples: FeatureSet, reference: FeatureSet, name: str, seed: int) -> _Part:
-    n = min(len(samples), len(reference))
+    n = min(len(samples.values), len(reference.values))
     size = min(MAX_KERNEL_SUBSET, n // 2)
     if size < MIN_KERNEL_SUBSET:
         return _Part(warnings=(f"{name}: left out, needs {2 * MIN_KERNEL_SUBSET} images and there are {n}.",))
-    found = _fidelity(
-        samples.values, reference.values, seed, kid=True, kid_subsets=KERNEL_SUBSETS, kid_subset_size=size
+    found = kid_features_to_metric(
+        samples.values,
+        reference.values,
+        kid_subsets=KERNEL_SUBSETS,
+        kid_subset_size=size,
+        rng_seed=seed,
+        verbose=False,
     )
     return _Part(
         {"kd": found["kernel_inception_distance_mean"]},
         {"kd": found["kernel_inception_distance_std"]},
-        {"kernel_subsets": KERNEL_SUBSETS, "kernel_subset_size": size},
+        {"seed": seed, "kernel_subsets": KERNEL_SUBSETS, "kernel_subset_size": size},
     )
 
 
-def _score(samples: FeatureSet, seed: int) -> _Part:
+def _score(samples: FeatureSet) -> _Part:
     if samples.logits is None:
         return _Part()
     if len(samples) < MIN_SCORE_IMAGES:
         warning = f"inception_score: left out, needs {MIN_SCORE_IMAGES} images and there are {len(samples)}."
         return _Part(warnings=(warning,))
-    found = _fidelity(samples.logits, None, seed, isc=True, isc_splits=SCORE_SPLITS)
+    if samples.score is None:
+        found = isc_features_to_metric(samples.logits, SCORE_SPLITS, rng_seed=SCORE_SEED)
+        mean, deviation = found["inception_score_mean"], found["inception_score_std"]
+    else:
+        mean, deviation = samples.score
     return _Part(
-        {"inception_score": found["inception_score_mean"]},
-        {"inception_score": found["inception_score_std"]},
-        {"score_splits": SCORE_SPLITS},
+        {"inception_score": mean}, {"inception_score": deviation}, {"score_splits": SCORE_SPLITS, "seed": SCORE_SEED}
     )
 
 
@@ -181,64 +246,4 @@ def _not_finite(metric: str, found: object) -> NumericsError:
         key=metric,
         found=found,
         fix="Look at the samples, and at the range of the extractor's features.",
-    )
-
-
-# --- torch-fidelity, fed with features ----------------------------------------------------------------------------
-
-
-class _Whole(Dataset[Tensor]):
-    """Features as a torch-fidelity input: one item that holds all rows, since a loader of single rows is slow."""
-
-    def __init__(self, values: Float[Tensor, "N D"]) -> None:
-        self.values = values
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: int) -> Float[Tensor, "N D"]:
-        return self.values
-
-
-class _Given(torch_fidelity.FeatureExtractorBase):
-    """The extractor that hands on the features it is given."""
-
-    NAME = "nestdiff-given-features"
-
-    def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
-        super().__init__(name, features_list)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return ("given",)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return "given"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-    def forward(self, input: Float[Tensor, "1 N D"]) -> tuple[Float[Tensor, "N D"]]:
-        return (input[0],)
-
-
-def _fidelity(
-    samples: Float[Tensor, "N D"], reference: Float[Tensor, "M D"] | None, seed: int, **metrics: Any
-) -> dict[str, float]:
-    """torch_fidelity.calculate_metrics on features: no cache, no download, no worker processes, no output."""
-    if _Given.NAME not in FEATURE_EXTRACTORS_REGISTRY:  # registering a name twice raises
-        torch_fidelity.register_feature_extractor(_Given.NAME, _Given)
-    return torch_fidelity.calculate_metrics(
-        input1=_Whole(samples),
-        input2=None if reference is None else _Whole(reference),
-        feature_extractor=_Given.NAME,
-        cuda=False,
-        cache=False,
-        datasets_download=False,
-        save_cpu_ram=True,
-        verbose=False,
-        rng_seed=seed,
-        **metrics,
     )

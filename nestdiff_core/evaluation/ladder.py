@@ -38,7 +38,7 @@ from nestdiff_core.evaluation.latent_metrics import gaussian_like, latent_metric
 def image_ladder(
     rungs: Mapping[int, Images],
     held_out: Images,
-    training: Images,
+    training: Mapping[str, FeatureSet],
     extractors: Sequence[Extractor],
     *,
     num_neighbours: int = 3,
@@ -47,6 +47,7 @@ def image_ladder(
 ) -> dict[str, Any]:
     """Score every rung k = 1, ..., L + 1, which all have the images of one list, uint8 HWC; that list is `held_out`.
 
+    training: what is known of the training images in each space, by its extractor's kind.
     Returns plain JSON data:
 
         metrics    {name: {rungs: {k: value}, held_out: value}}
@@ -60,7 +61,7 @@ def image_ladder(
     for extractor in extractors:
         score = partial(
             feature_metrics,
-            reference=extract(training, extractor, batch_size=batch_size),
+            reference=training[extractor.kind],
             extractor=extractor,
             num_neighbours=num_neighbours,
             seed=seed,

@@ -132,7 +132,7 @@ def _experiment(
             num_images=data.num_samples,
             noise_gamma=noise_gamma,
         ),
-        evaluation=data.evaluation,
+        evaluation=replace(data.evaluation, clip_score=labels == "text"),
     )
 
 

@@ -9,6 +9,7 @@ from nestdiff_core.stages.data import crops, encoder, features, images, text
 from nestdiff_core.stages.denoisers import CHECKPOINTS, train
 from nestdiff_core.stages.hierarchy import bases, design, latents, propose_levels
 from nestdiff_core.stages.ladder import ladder
+from nestdiff_core.stages.reference import reference
 from nestdiff_core.stages.sampling import evaluation, samples
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "ladder",
     "latents",
     "propose_levels",
+    "reference",
     "samples",
     "text",
     "train",

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from nestdiff_core import loading
 from nestdiff_core.artifacts import Artifact, ArtifactWriter
-from nestdiff_core.encoders import load_encoder
-from nestdiff_core.evaluation.extractors import build_extractor
 from nestdiff_core.evaluation.ladder import image_ladder, level_numbers
 from nestdiff_core.evaluation.latent_metrics import averaged
 from nestdiff_core.evaluation.samples import StoredSamples, save_samples
@@ -20,8 +18,9 @@ from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.files import write_json
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stages.common import logger, reuse
+from nestdiff_core.stages.reference import extractors, open_statistics
 
-MAX_TRAINING = 10_000  # training images that rungs and latents are compared with
+MAX_TRAINING = 10_000  # training images whose latents are compared with
 _BLOCK = 500  # training images whose latents are read together
 
 
@@ -39,16 +38,12 @@ def ladder(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -
     true = {m: _read(x, m, held_out.rows) for m in range(1, top + 1)}
     with x.writing(ref, keep_parts=True) as writer:
         files = _rungs(x, writer, held_out.rows, true, device, progress)
-        encoder = load_encoder(x.artifact(Ref("encoder")), device=device)
-        evaluation = config.evaluation
+        evaluation, spaces = config.evaluation, extractors(x, device=device)
         record = image_ladder(
             {k: StoredSamples(file, num_images=len(held_out)) for k, file in files.items()},
             held_out,
-            training,
-            [
-                build_extractor(kind, encoder=encoder, inception_weights=evaluation.inception_weights, device=device)
-                for kind in evaluation.extractors
-            ],
+            open_statistics(x, "train", spaces),
+            spaces,
             num_neighbours=evaluation.num_neighbours,
             seed=config.sampling.seed,
         )

@@ -6,21 +6,24 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nestdiff_core import loading
 from nestdiff_core.artifacts import Artifact, ArtifactWriter
-from nestdiff_core.encoders import load_encoder
 from nestdiff_core.errors import IntegrityError
-from nestdiff_core.evaluation.card import SampleOrigin
-from nestdiff_core.evaluation.report import evaluate
+from nestdiff_core.evaluation.card import MetricCard, SampleOrigin
+from nestdiff_core.evaluation.extractors import estimate_seconds
+from nestdiff_core.evaluation.report import Labelled, evaluate
 from nestdiff_core.evaluation.samples import Blocks, StoredSamples, save_samples, write_npz, write_safetensors
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.files import PARTS, write_json
-from nestdiff_core.progress import Progress, silent
+from nestdiff_core.images.index import ImageIndex
+from nestdiff_core.progress import Progress, duration, silent
 from nestdiff_core.sampling.parts import Part, holds, in_parts, make_parts, rank, together
 from nestdiff_core.stages.common import logger, reuse
+from nestdiff_core.stages.reference import RESIZE_FILTER, open_spaces
 
 SHARDS = "shards"  # of a sample set that is not whole yet
 WHOLE = "whole"  # the part that the finished files are
@@ -120,34 +123,82 @@ def _join(x: Experiment, shards: ArtifactWriter, parts: list[Part]) -> None:
 
 
 def evaluation(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -> Artifact:
-    """The numbers of the sample set against the training images, each with its metric card, in metrics.json."""
+    """The numbers of the sample set against the reference statistics, each with its metric card, in metrics.json."""
     ref = Ref("evaluation")
     if (made := reuse(x, ref)) is not None:
         return made
-    index, sampled = loading.open_index(x), x.artifact(Ref("samples"))
-    splits = ("train", "held_out") if x.config.evaluation.reference == "train" else ("held_out", "train")
-    reference, held_out = (loading.SplitImages(index, split) for split in splits)
-    bare = sampled.path / f"{BARE}.npz"
+    config, index, sampled = x.config.evaluation, loading.open_index(x), x.artifact(Ref("samples"))
+    num, bare = x.config.sampling.num_images, sampled.path / f"{BARE}.npz"
+    pictures = StoredSamples(sampled.path / "samples.npz", num_images=num)
+    others = {BARE: StoredSamples(bare, num_images=num)} if bare.is_file() else {}
     checkpoints = {level.level: x.artifact(Ref("denoiser", level.level)).digest for level in x.config.levels}
     label_sampling = {
         "none": "none",
         "class": "image index modulo number of classes",
         "text": "first caption of the held-out image of this index, modulo their number",
     }[x.config.conditioning.labels]
+    origin = SampleOrigin.of(x.config, checkpoints, label_sampling=label_sampling)
     with x.writing(ref) as writer:
+        spaces = open_spaces(x, device=device)
+        seconds = estimate_seconds(pictures, [space.extractor for space in spaces]) * (1 + len(others))
+        logger.info("evaluation: %s images, %s", f"{num * (1 + len(others)):,}", duration(seconds))
         record = evaluate(
-            StoredSamples(sampled.path / "samples.npz", num_images=x.config.sampling.num_images),
-            reference,
-            held_out,
-            x.config.evaluation,
-            origin=SampleOrigin.of(x.config, checkpoints, label_sampling=label_sampling),
-            encoder=load_encoder(x.artifact(Ref("encoder")), device=device),
-            others={BARE: StoredSamples(bare)} if bare.is_file() else {},
-            reference_labels=index.labels[reference.rows] if index.num_classes else None,
-            held_out_labels=index.labels[held_out.rows] if index.num_classes else None,
-            device=device,
+            pictures,
+            spaces,
+            origin=origin,
+            others=others,
+            probe=(_labelled(index, "train"), _labelled(index, "held_out")) if config.probe else None,
+            num_neighbours=config.num_neighbours,
+            resize_filter=RESIZE_FILTER,
+            progress=progress,
         )
+        if config.clip_score:
+            scored = _clip_score(x, pictures, index, origin, device, progress)
+            record["metrics"]["clip_score"] = {**scored, "others": dict.fromkeys(others)}  # which were told nothing
+            if x.config.conditioning.text.weights == "random":
+                record["warnings"].append("clip_score: the CLIP has random weights, so it says nothing.")
         for warning in record["warnings"]:
             logger.warning(warning)
         write_json(writer.path / "metrics.json", record)
         return writer.seal(**record)
+
+
+def _clip_score(
+    x: Experiment, pictures: StoredSamples, index: ImageIndex, origin: SampleOrigin, device: str, progress: Progress
+) -> dict[str, Any]:
+    """The score of the samples with the captions that they were told; the floor is that of the real images of these."""
+    from nestdiff_core.evaluation.clip_score import build_clip, clip_score  # open_clip takes a second to import
+
+    clip, config = build_clip(x.config.conditioning.text, device=device), x.config.conditioning.text
+    held_out = loading.SplitImages(index, "held_out")
+    captions = index.captions()
+    told = [captions[row][0] for row in held_out.rows[np.arange(len(pictures)) % len(held_out)]]
+    found = clip_score(pictures, told, clip, progress=progress)
+    shown = held_out.first(len(pictures))
+    real = clip_score(shown, told[: len(shown)], clip, progress=progress)
+    card = MetricCard(
+        metric="clip_score",
+        extractor=f"open_clip {config.name}",
+        weights_sha256=clip.weights_sha256,
+        preprocessing=clip.preprocessing,
+        reference_digest=found.captions_digest,
+        num_reference=found.count,
+        samples_digest=found.digest,
+        num_samples=found.count,
+        resize_filter=RESIZE_FILTER,
+        settings={},
+        origin=origin,
+    )
+    return {
+        "value": found.value,
+        "deviation": found.standard_error,
+        "value_at_floor": found.value if real.count == found.count else None,
+        "floor": real.value,
+        "floor_images": real.count,
+        "card": card.to_dict(),
+    }
+
+
+def _labelled(index: ImageIndex, split: str) -> Labelled:
+    images = loading.SplitImages(index, split)
+    return Labelled(images, index.labels[images.rows])

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from nestdiff_core.config import ExperimentConfig, LevelConfig, SamplingConfig, TrainConfig
-from nestdiff_core.evaluation.card import MetricCard, SampleOrigin, differences
+from nestdiff_core.evaluation.card import MetricCard, SampleOrigin, compare, differences
 
 CONFIG = ExperimentConfig(
     levels=(
@@ -38,6 +38,8 @@ def card(**changes: object) -> MetricCard:
 def another(value: Any) -> Any:
     if isinstance(value, dict):
         return {**value, 2: another(value[2])}
+    if isinstance(value, tuple):
+        return (*value[:-1], 0.9)
     return value + "other" if isinstance(value, str) else value + 1
 
 
@@ -72,6 +74,26 @@ def test_every_field_counts() -> None:
         changed = card(origin=dataclasses.replace(base.origin, **{field.name: other}))
         assert differences(base, changed)
         assert all(n.startswith(f"origin.{field.name}") for n in differences(base, changed))
+
+
+def test_comparing_says_what_was_measured_differently_and_what_was_made_differently() -> None:
+    """Numbers of another guidance compare; those of another reference and filter do not, and both are named."""
+    base = card()
+    guided = card(origin=dataclasses.replace(base.origin, guidance={1: 0.5, 2: 0.8}), samples_digest="gh")
+    filtered = card(reference_digest="ij", resize_filter="lanczos")
+    one = {"fd_encoder": {"value": 1.0, "card": base.to_dict()}, "fd_pixels": {"value": 5.0, "card": base.to_dict()}}
+    [row] = compare(one, {"fd_encoder": {"value": 2.0, "card": guided.to_dict()}})
+    assert (row["number"], row["one"], row["other"], row["comparable"]) == ("fd_encoder", 1.0, 2.0, "yes")
+    assert (row["measured differently"], row["samples differ in"]) == ("", "samples_digest, origin.guidance.2")
+    [row] = compare(one, {"fd_encoder": {"value": 2.0, "card": filtered.to_dict()}})
+    assert (row["comparable"], row["measured differently"]) == ("no", "reference_digest, resize_filter")
+
+
+def test_images_without_a_record_have_a_card_too() -> None:
+    """A card without an origin goes to JSON and back, and differs from one with an origin in that."""
+    bare = card(origin=None)
+    assert MetricCard.from_dict(json.loads(json.dumps(bare.to_dict()))) == bare
+    assert differences(bare, card()) == ["origin"]
 
 
 def test_differences_name_the_level() -> None:

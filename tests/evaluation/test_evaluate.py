@@ -10,10 +10,10 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from nestdiff_core.config import EvaluationConfig, ExperimentConfig
-from nestdiff_core.errors import ConfigError
+from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.evaluation.card import MetricCard, SampleOrigin, differences
-from nestdiff_core.evaluation.report import evaluate
+from nestdiff_core.evaluation.extractors import encoder_extractor, pixel_extractor
+from nestdiff_core.evaluation.report import Labelled, evaluate, measured_spaces
 
 ORIGIN = SampleOrigin.of(ExperimentConfig(), {1: "abc"})
 
@@ -56,16 +56,13 @@ def encoder() -> TinyEncoder:
 
 @pytest.fixture(scope="module")
 def result(sets: dict[str, np.ndarray], encoder: TinyEncoder) -> dict:
+    spaces = [encoder_extractor(encoder), pixel_extractor()]
     return evaluate(
         sets["samples"],
-        sets["reference"],
-        sets["held_out"],
-        EvaluationConfig(extractors=("encoder", "pixels"), probe=True),
+        measured_spaces(spaces, sets["reference"], sets["held_out"]),
         origin=ORIGIN,
-        encoder=encoder,
         others={"noise": sets["noise"]},
-        reference_labels=sets["reference_labels"],
-        held_out_labels=sets["held_out_labels"],
+        probe=tuple(Labelled(sets[name], sets[f"{name}_labels"]) for name in ("reference", "held_out")),
     )
 
 
@@ -82,7 +79,7 @@ def test_better_images_have_better_numbers(result: dict) -> None:
 def test_only_inception_has_a_fid(result: dict) -> None:
     """Numbers of other spaces are named after their space."""
     assert set(result["metrics"]) == {
-        f"{m}_{s}" for m in ("fd", "kd", "precision", "recall") for s in ("encoder", "pixels")
+        f"{m}_{s}" for m in ("fd", "fd_infinity", "kd", "precision", "recall") for s in ("encoder", "pixels")
     }
 
 
@@ -93,7 +90,9 @@ def test_it_is_plain_json_with_a_card_beside_each_number(result: dict) -> None:
     cards = {name: MetricCard.from_dict(record["card"]) for name, record in read["metrics"].items()}
     assert all(card.metric == name and card.origin == ORIGIN for name, card in cards.items())
     assert all((card.num_samples, card.num_reference) == (500, 1000) for card in cards.values())
-    assert differences(cards["fd_encoder"], cards["precision_encoder"]) == ["metric"]
+    assert differences(cards["precision_encoder"], cards["recall_encoder"]) == ["metric"]
+    assert cards["fd_encoder"].settings == {"feature_dimension": 24}
+    assert cards["precision_encoder"].settings["num_neighbours"] == 3
     assert {"extractor", "weights_sha256"} <= set(differences(cards["fd_encoder"], cards["fd_pixels"]))
 
 
@@ -112,10 +111,15 @@ def test_the_probe_judges_all_sets(result: dict) -> None:
 
 
 def test_it_repeats_itself(sets: dict[str, np.ndarray]) -> None:
-    """The same sets give the same record; without a probe it is None, without others there are none."""
-    config = EvaluationConfig(extractors=("pixels",))
+    """The same sets give the same record, whatever the batches; without a probe it is None, without others none."""
     first, second = (
-        evaluate(sets["samples"], sets["reference"], sets["held_out"], config, origin=ORIGIN) for _ in range(2)
+        evaluate(
+            sets["samples"],
+            measured_spaces([pixel_extractor()], sets["reference"], sets["held_out"]),
+            origin=ORIGIN,
+            batch_size=batch_size,
+        )
+        for batch_size in (256, 37)
     )
     assert first == second
     assert first["probe"] is None
@@ -126,9 +130,7 @@ def test_few_images_come_with_warnings(sets: dict[str, np.ndarray]) -> None:
     """Forty held-out images are too few for 64 pixels: said of the floor, while the samples are enough."""
     found = evaluate(
         sets["samples"],
-        sets["reference"],
-        sets["held_out"][:40],
-        EvaluationConfig(extractors=("pixels",)),
+        measured_spaces([pixel_extractor()], sets["reference"], sets["held_out"][:40]),
         origin=ORIGIN,
     )
     assert found["warnings"]
@@ -137,13 +139,11 @@ def test_few_images_come_with_warnings(sets: dict[str, np.ndarray]) -> None:
     assert found["metrics"]["kd_pixels"]["floor"] is None
 
 
-def test_a_probe_needs_labels(sets: dict[str, np.ndarray]) -> None:
-    """The probe without labels is a configuration error, before any work on it."""
-    with pytest.raises(ConfigError, match="labels"):
-        evaluate(
-            sets["samples"],
-            sets["reference"],
-            sets["held_out"],
-            EvaluationConfig(extractors=(), probe=True),
-            origin=ORIGIN,
-        )
+def test_the_limit_is_below_the_number_and_beside_the_floors(sets: dict[str, np.ndarray], result: dict) -> None:
+    """500 images in 64 dimensions: fd_infinity is below fd, and still above that of as good a set as there can be."""
+    for space in ("encoder", "pixels"):
+        metrics = result["metrics"]
+        infinity = metrics[f"fd_infinity_{space}"]
+        assert 0 < infinity["value"] < metrics[f"fd_{space}"]["value"]
+        assert 0 < infinity["deviation"] < infinity["value"]
+        assert infinity["others"]["noise"] > infinity["value"]

@@ -15,7 +15,7 @@ from PIL import Image
 from nestdiff_core import loading, stages
 from nestdiff_core.cli import main
 from nestdiff_core.config import DiffusionConfig, ExperimentConfig, LadderConfig
-from nestdiff_core.evaluation.extractors import pixel_extractor
+from nestdiff_core.evaluation.extractors import extract, pixel_extractor
 from nestdiff_core.evaluation.figures import ladder_plot
 from nestdiff_core.evaluation.image_metrics import image_metrics
 from nestdiff_core.evaluation.ladder import image_ladder, ladder_table, level_numbers, level_table, verdicts
@@ -35,7 +35,8 @@ def test_costs_add_up_and_name_the_rung_where_noise_comes_in() -> None:
     """Noise of 5, 40 and 45 grey levels at rungs 2, 3 and 4: level 2 costs most, and the costs sum to D_4 - D_1."""
     training = pictures(400, 0, 0)
     rungs = {k: pictures(120, 1, noise) for k, noise in {4: 45.0, 3: 40.0, 2: 5.0, 1: 0.0}.items()}
-    found = image_ladder(rungs, pictures(120, 1, 0), training, [pixel_extractor()])
+    known = {"pixels": extract(training, pixel_extractor())}
+    found = image_ladder(rungs, pictures(120, 1, 0), known, [pixel_extractor()])
     distances, cost = found["metrics"]["fd_pixels"]["rungs"], found["costs"]["fd_pixels"]
     for k, images in rungs.items():
         assert distances[str(k)] == image_metrics(images, training, pixel_extractor()).values["fd_pixels"]
@@ -44,7 +45,7 @@ def test_costs_add_up_and_name_the_rung_where_noise_comes_in() -> None:
     assert cost["autoencoder"] == 0
     assert cost["costliest"] == 2 and cost["halves"] == [2, 2]
     assert "level 2 costs most" in verdicts(found)[0]
-    assert found == image_ladder(rungs, rungs[1], training, [pixel_extractor()], batch_size=7)
+    assert found == image_ladder(rungs, rungs[1], known, [pixel_extractor()], batch_size=7)
 
 
 def test_a_coin_decides_between_equal_levels_and_it_is_said() -> None:
