@@ -296,6 +296,7 @@ def test_a_file_takes_the_place_of_the_training_images(made: Experiment, tmp_pat
     metrics, before = stages.evaluation(x).info["metrics"], made.artifact(Ref("evaluation")).info["metrics"]
     assert metrics["fd_encoder"] == before["fd_encoder"]
     assert metrics["fd_pixels"]["card"]["num_reference"] == len(index.rows("held_out"))
+    assert [metrics[f"fd_{space}"]["card"]["resize_filter"] for space in ("pixels", "encoder")] == ["area", "bicubic"]
     assert metrics["fd_pixels"]["floor"] == pytest.approx(0, abs=1e-5)  # held-out images against themselves
     first = x.artifact(Ref("reference")).digest
     save_statistics(path, extract(loading.SplitImages(index, "train"), space), space, resize_filter="area")
