@@ -147,6 +147,7 @@ def test_iclr_family_through_the_stages(tmp_path: Path, photographs: Path) -> No
         stages.train(x, number)
     denoiser = loading.open_denoiser(x, 1)
     assert denoiser.fusion is not None and denoiser.levels_above == (2,) and denoiser.num_classes == 20
+    stages.reference(x)
     stages.samples(x)
     stages.evaluation(x)
     check_samples(x)

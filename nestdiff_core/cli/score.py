@@ -63,14 +63,13 @@ def run(arguments: argparse.Namespace) -> int:
     resolution = arguments.resolution or (against.config.images.resolution if against else None)
     images = open_images(arguments.images, resolution=resolution, num_images=arguments.num_images)
     with TerminalProgress() as progress:
-        spaces, resize_filter = _spaces(arguments, x, against, device, progress)
+        spaces = _spaces(arguments, x, against, device, progress)
         _estimate(arguments.images, images, [space.extractor for space in spaces], arguments.batch_size)
         record = evaluate(
             images,
             spaces,
             origin=None,
             num_neighbours=x.config.evaluation.num_neighbours if x else 3,
-            resize_filter=resize_filter,
             batch_size=arguments.batch_size,
             seed=arguments.seed,
             progress=progress,
@@ -99,42 +98,41 @@ def _experiment(name: str) -> Experiment | None:
 
 def _spaces(
     arguments: argparse.Namespace, x: Experiment | None, against: Experiment | None, device: str, progress: Any
-) -> tuple[list[Any], str]:
-    """What is known of REFERENCE in every space, and how its images came to their size."""
+) -> list[Any]:
+    """What is known of REFERENCE in every space."""
     from nestdiff_core.evaluation.extractors import extract_all
-    from nestdiff_core.evaluation.picture_sets import AS_THEY_ARE, BICUBIC, open_images
-    from nestdiff_core.evaluation.reference import Space, describe, load_statistics
-    from nestdiff_core.stages.reference import RESIZE_FILTER, open_spaces
+    from nestdiff_core.evaluation.picture_sets import open_images
+    from nestdiff_core.evaluation.reference import AS_THEY_ARE, BICUBIC, Space, load_statistics, resize_filter_of
+    from nestdiff_core.stages.reference import open_spaces
 
     if against is not None:
         spaces = [space for space in open_spaces(against, device=device) if _wanted(arguments, space.extractor.kind)]
         _require(arguments, [space.extractor.kind for space in spaces])
-        _save(arguments, spaces, RESIZE_FILTER)
-        return spaces, RESIZE_FILTER
+        _save(arguments, spaces)
+        return spaces
     statistics = _statistics(arguments.against)
     if statistics and arguments.extractors is None:
         arguments.extractors = list(statistics)
     extractors = _extractors(arguments, x, device)
     if statistics:
         _require(arguments, list(statistics))
-        spaces = [Space(e, load_statistics(statistics[e.kind], e), None) for e in extractors]
-        about = describe(next(iter(statistics.values())))
-        return spaces, "not known" if about is None else about["resize_filter"]
+        files = [(e, statistics[e.kind]) for e in extractors]
+        return [Space(e, load_statistics(file, e), None, resize_filter_of(file)) for e, file in files]
     images = open_images(arguments.against, resolution=arguments.resolution)
     _estimate(arguments.against, images, extractors, arguments.batch_size)
     sets = extract_all(images, extractors, batch_size=arguments.batch_size, progress=progress, what="reference")
-    spaces = [Space(e, features, None) for e, features in zip(extractors, sets, strict=True)]
-    resize_filter = AS_THEY_ARE if arguments.resolution is None else BICUBIC
-    _save(arguments, spaces, resize_filter)
-    return spaces, resize_filter
+    resized = AS_THEY_ARE if arguments.resolution is None else BICUBIC
+    spaces = [Space(e, features, None, resized) for e, features in zip(extractors, sets, strict=True)]
+    _save(arguments, spaces)
+    return spaces
 
 
-def _save(arguments: argparse.Namespace, spaces: list[Any], resize_filter: str) -> None:
+def _save(arguments: argparse.Namespace, spaces: list[Any]) -> None:
     from nestdiff_core.evaluation.reference import save_statistics
 
     for space in spaces if arguments.save_reference else ():
         path = arguments.save_reference / f"{space.extractor.kind}.npz"
-        save_statistics(path, space.reference, space.extractor, resize_filter=resize_filter)
+        save_statistics(path, space.reference, space.extractor, resize_filter=space.resize_filter)
 
 
 def _extractors(arguments: argparse.Namespace, x: Experiment | None, device: str) -> list[Any]:

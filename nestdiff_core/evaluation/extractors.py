@@ -332,7 +332,10 @@ class PixelDigest:
 
 
 class _Running:
-    """A set in one space while its images come: features of blocks of fixed size become moments of random parts."""
+    """A set in one space while its images come: features of blocks of fixed size become moments of random parts.
+
+    What is kept has its place from the first batch on: small pieces between large ones that go would hold on to memory.
+    """
 
     def __init__(self, extractor: Extractor, num_images: int, seed: int) -> None:
         self.extractor, self.num_images = extractor, num_images
@@ -340,17 +343,16 @@ class _Running:
         self.kept = np.zeros(num_images, bool)
         self.kept[np.random.default_rng([seed, 1]).permutation(num_images)[:MAX_KEPT]] = True
         self.moments: list[Moments] = []
-        self.values: list[Tensor] = []
-        self.logits: list[Tensor] = []
+        self.values: Tensor | None = None
+        self.logits: Tensor | None = None
         self.score: _Score | None = None
-        self._block: list[np.ndarray] = []
-        self._in_block = self._seen = self._in_moments = 0
+        self._block = np.empty((0, 0))
+        self._in_block = self._seen = self._num_kept = 0
 
     def add(self, batch: UInt8[np.ndarray, "B H W C"]) -> None:
         feature, logit = self.extractor.embed(batch)
         feature = feature.double().cpu()
         rows = slice(self._seen, self._seen + len(feature))
-        self._seen = rows.stop
         broken = (~feature.isfinite()).any(dim=1).nonzero()
         if len(broken):
             raise NumericsError(
@@ -360,35 +362,48 @@ class _Running:
                 found=f"{len(broken)} of {len(feature)} images of its batch",
                 fix="Check the extractor's weights.",
             )
-        chosen = torch.from_numpy(self.kept[rows])
-        self.values.append(feature[chosen])
+        self.values = self._keep(self.values, feature, rows)
         if logit is not None:
             logit = logit.double().cpu()
-            self.logits.append(logit[chosen])
+            self.logits = self._keep(self.logits, logit, rows)
             if self.num_images > MAX_KEPT:
                 self.score = self.score or _Score(self.num_images, logit.shape[1])
                 self.score.add(logit, rows)
-        self._block.append(feature.numpy())
-        self._in_block += len(feature)
-        if self._in_block >= BLOCK_ROWS:
-            self._flush(BLOCK_ROWS * (self._in_block // BLOCK_ROWS))
+        self._num_kept += int(self.kept[rows].sum())
+        self._add_to_block(feature.numpy())
+        self._seen = rows.stop
 
-    def _flush(self, num: int) -> None:
-        """Moments of the first `num` rows of the block, part by part, in blocks that do not depend on the batches."""
-        rows = np.concatenate(self._block)
-        self._block, self._in_block = [rows[num:]], len(rows) - num
-        for start in range(0, num, BLOCK_ROWS):
-            block = rows[start : min(start + BLOCK_ROWS, num)]
-            part = self.part[self._in_moments : self._in_moments + len(block)]
-            self._in_moments += len(block)
-            new = [Moments.of(block[part == k]) for k in range(PARTS)]
-            self.moments = [merge(a, b) for a, b in zip(self.moments, new, strict=True)] if self.moments else new
+    def _keep(self, places: Tensor | None, values: Tensor, rows: slice) -> Tensor:
+        if places is None:
+            places = torch.empty(int(self.kept.sum()), values.shape[1], dtype=values.dtype)
+        chosen = torch.from_numpy(self.kept[rows])
+        places[self._num_kept : self._num_kept + int(chosen.sum())] = values[chosen]
+        return places
+
+    def _add_to_block(self, rows: Float[np.ndarray, "n D"]) -> None:
+        """Blocks are of BLOCK_ROWS images whatever the batches are, so that moments have the same bits."""
+        if not self._block.size:
+            self._block = np.empty((min(BLOCK_ROWS, self.num_images), rows.shape[1]))
+        while len(rows):
+            some, rows = np.split(rows, [len(self._block) - self._in_block])
+            self._block[self._in_block : self._in_block + len(some)] = some
+            self._in_block += len(some)
+            if self._in_block == len(self._block):
+                self._flush()
+
+    def _flush(self) -> None:
+        block, done = self._block[: self._in_block], sum(moments.count for moments in self.moments)
+        part = self.part[done : done + len(block)]
+        new = [Moments.of(block[part == k]) for k in range(PARTS)]
+        self.moments = [merge(a, b) for a, b in zip(self.moments, new, strict=True)] if self.moments else new
+        self._in_block = 0
 
     def finish(self, digest: str, shape: tuple[int, int, int]) -> FeatureSet:
-        self._flush(self._in_block)
+        self._flush()
+        assert self.values is not None
         return FeatureSet(
-            torch.cat(self.values),
-            torch.cat(self.logits) if self.logits else None,
+            self.values,
+            self.logits,
             digest,
             shape,
             fitted=Gaussian.of(functools.reduce(merge, self.moments)),

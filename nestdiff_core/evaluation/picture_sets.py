@@ -31,9 +31,6 @@ from nestdiff_core.images.sources import TAR_SUFFIXES, Folder, Shards, image_mem
 from nestdiff_core.remote import is_url
 from nestdiff_core.sampling.folder import REQUEST
 
-AS_THEY_ARE = "none"  # the resize filter of pictures that keep their size
-BICUBIC = "bicubic"  # that of images/pixels.py
-
 
 def open_images(place: str, *, resolution: int | None = None, num_images: int | None = None) -> Images:
     """The images at a path, pattern or URL. num_images: how many there must be.

@@ -30,6 +30,11 @@ from nestdiff_core.evaluation.samples import load_samples, write_npz
 from nestdiff_core.files import sha256_file
 
 SPACE_OF_OTHERS = "inception"  # what files that do not say it hold
+BICUBIC, AS_THEY_ARE, NOT_KNOWN = (
+    "bicubic",
+    "none",
+    "not known",
+)  # resize filters: that of images/pixels.py; no resizing
 
 
 def save_statistics(path: Path, features: FeatureSet, extractor: Extractor, *, resize_filter: str) -> None:
@@ -109,6 +114,12 @@ def space_of(path: Path) -> str:
     return SPACE_OF_OTHERS if about is None else about["extractor"]
 
 
+def resize_filter_of(path: Path) -> str:
+    """How the images of a file of statistics came to their size."""
+    about = describe(path)
+    return NOT_KNOWN if about is None else about["resize_filter"]
+
+
 def is_statistics(path: Path) -> bool:
     """Whether a file holds moments."""
     return {"mu", "sigma"} <= set(_names(path))
@@ -122,12 +133,14 @@ def holds_images(path: Path) -> bool:
 class Space:
     """One feature space of an evaluation: its extractor, and what is known of the real images in it.
 
-    held_out: of those that samples are not compared with; without it there are no floors.
+    held_out: of those that samples are not compared with; without it there are no floors. resize_filter: how the
+    reference's images came to their size.
     """
 
     extractor: Extractor
     reference: FeatureSet
     held_out: FeatureSet | None
+    resize_filter: str = BICUBIC
 
 
 def _identity(extractor: Extractor) -> dict[str, Any]:

@@ -33,7 +33,6 @@ def evaluate(
     others: Mapping[str, Images] | None = None,
     probe: tuple[Labelled, Labelled] | None = None,
     num_neighbours: int = 3,
-    resize_filter: str = "bicubic",
     batch_size: int = 256,
     seed: int = 0,
     progress: Progress = silent,
@@ -70,7 +69,7 @@ def evaluate(
         rest = {name: sets[i] for name, sets in bare.items()}
         numbers, records, said = _with_floor(found[i], space.held_out, rest, against_real, seed)
         for name, record in records.items():
-            metrics[name] = {**record, "card": metric_card(name, numbers, origin, resize_filter).to_dict()}
+            metrics[name] = {**record, "card": metric_card(name, numbers, origin, space.resize_filter).to_dict()}
         warnings += said
     judged = None
     if probe is not None:

@@ -10,14 +10,19 @@ from nestdiff_core.encoders import build_judge, load_encoder
 from nestdiff_core.encoders.weights import weights_digest
 from nestdiff_core.errors import ConfigError
 from nestdiff_core.evaluation.extractors import Extractor, FeatureSet, build_extractor, estimate_seconds, extract_all
-from nestdiff_core.evaluation.reference import Space, load_statistics, save_statistics, space_of
+from nestdiff_core.evaluation.reference import (
+    BICUBIC,
+    Space,
+    load_statistics,
+    resize_filter_of,
+    save_statistics,
+    space_of,
+)
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.files import fingerprint
 from nestdiff_core.images.index import SPLITS
 from nestdiff_core.progress import Progress, duration, silent
 from nestdiff_core.stages.common import logger, reuse
-
-RESIZE_FILTER = "bicubic"  # of images/pixels.py
 
 
 def reference(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -> Artifact:
@@ -47,13 +52,14 @@ def reference(x: Experiment, *, device: str = "cpu", progress: Progress = silent
             files, counts = [], {}
             for extractor, features in zip(wanted, sets, strict=True):
                 files.append(writer.path / file_name(split, extractor.kind))
-                save_statistics(files[-1], features, extractor, resize_filter=RESIZE_FILTER)
+                save_statistics(files[-1], features, extractor, resize_filter=BICUBIC)
                 counts[extractor.kind] = features.count
             for extractor in spaces:
                 if extractor not in wanted:
-                    features = load_statistics(Path(config.reference_statistics).expanduser(), extractor)
+                    file = Path(config.reference_statistics).expanduser()
+                    features = load_statistics(file, extractor)
                     files.append(writer.path / file_name(split, extractor.kind))
-                    save_statistics(files[-1], features, extractor, resize_filter="not known")
+                    save_statistics(files[-1], features, extractor, resize_filter=resize_filter_of(file))
                     counts[extractor.kind] = features.count
             writer.commit_part(split, files, source=weights, images=counts)
         parts = {split: part for split in SPLITS if (part := writer.part(split)) is not None}
@@ -90,8 +96,10 @@ def open_spaces(x: Experiment, *, device: str = "cpu") -> list[Space]:
     """What samples are compared with, and the real images that they are not compared with, in every space."""
     known = extractors(x, device=device)
     splits = ("train", "held_out") if x.config.evaluation.reference == "train" else ("held_out", "train")
-    sets = [open_statistics(x, split, known) for split in splits]
-    return [Space(e, *(by_space[e.kind] for by_space in sets)) for e in known]
+    reference, held_out = (open_statistics(x, split, known) for split in splits)
+    folder = x.artifact(Ref("reference")).path
+    filters = {e.kind: resize_filter_of(folder / file_name(splits[0], e.kind)) for e in known}
+    return [Space(e, reference[e.kind], held_out[e.kind], filters[e.kind]) for e in known]
 
 
 def _sources(x: Experiment) -> str | None:

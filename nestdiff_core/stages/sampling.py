@@ -15,6 +15,7 @@ from nestdiff_core.artifacts import Artifact, ArtifactWriter
 from nestdiff_core.errors import IntegrityError
 from nestdiff_core.evaluation.card import MetricCard, SampleOrigin
 from nestdiff_core.evaluation.extractors import estimate_seconds
+from nestdiff_core.evaluation.reference import BICUBIC
 from nestdiff_core.evaluation.report import Labelled, evaluate
 from nestdiff_core.evaluation.samples import Blocks, StoredSamples, save_samples, write_npz, write_safetensors
 from nestdiff_core.experiment import Experiment, Ref
@@ -23,7 +24,7 @@ from nestdiff_core.images.index import ImageIndex
 from nestdiff_core.progress import Progress, duration, silent
 from nestdiff_core.sampling.parts import Part, holds, in_parts, make_parts, rank, together
 from nestdiff_core.stages.common import logger, reuse
-from nestdiff_core.stages.reference import RESIZE_FILTER, open_spaces
+from nestdiff_core.stages.reference import open_spaces
 
 SHARDS = "shards"  # of a sample set that is not whole yet
 WHOLE = "whole"  # the part that the finished files are
@@ -149,7 +150,6 @@ def evaluation(x: Experiment, *, device: str = "cpu", progress: Progress = silen
             others=others,
             probe=(_labelled(index, "train"), _labelled(index, "held_out")) if config.probe else None,
             num_neighbours=config.num_neighbours,
-            resize_filter=RESIZE_FILTER,
             progress=progress,
         )
         if config.clip_score:
@@ -185,7 +185,7 @@ def _clip_score(
         num_reference=found.count,
         samples_digest=found.digest,
         num_samples=found.count,
-        resize_filter=RESIZE_FILTER,
+        resize_filter=BICUBIC,
         settings={},
         origin=origin,
     )

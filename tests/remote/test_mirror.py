@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +23,11 @@ from nestdiff_core.cli import main
 from nestdiff_core.config import EncoderConfig, ExperimentConfig, ImagesConfig
 from nestdiff_core.encoders import extract
 from nestdiff_core.errors import IntegrityError
+from nestdiff_core.evaluation.extractors import extract_all
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.files import is_bulk
 from nestdiff_core.recipes import toy
+from nestdiff_core.stages.reference import extractors, open_statistics
 
 FEATURES = Ref("features")
 
@@ -279,6 +282,30 @@ def test_what_grew_on_one_machine_grows_on_all(machines: Machines, encoded: list
     grown = up_to_features(a)
     assert up_to_features(b).digest == grown.digest and encoded == [0, 4, 8]
     assert np.array_equal(loading.open_features(b).read_shard(2), loading.open_features(a).read_shard(2))
+
+
+def test_reference_statistics_are_made_once(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine has them without a pass over the images, and a stopped one's first split too."""
+    a, b = machines("a"), machines("b")
+    stages.images(a)
+    stages.encoder(a)
+    passes = []
+
+    def counted(images: Any, spaces: Any, **about: Any) -> Any:
+        passes.append(about["what"])
+        if len(passes) == 2:
+            raise KeyboardInterrupt
+        return extract_all(images, spaces, **about)
+
+    monkeypatch.setattr(sys.modules["nestdiff_core.stages.reference"], "extract_all", counted)
+    with pytest.raises(KeyboardInterrupt):
+        stages.reference(a)
+    made = stages.reference(b)
+    assert passes == ["reference (train)", "reference (held_out)", "reference (held_out)"]
+    shutil.rmtree(machines.folder / "a")
+    assert stages.reference(machines("a")).digest == made.digest and len(passes) == 3
+    train = open_statistics(machines("a"), "train", extractors(machines("a")))
+    assert train["pixels"].count == loading.open_index(b).splits.tolist().count("train")
 
 
 def test_what_was_made_before_is_put_there(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
