@@ -139,6 +139,18 @@ class LadderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """Numbers of the newest weights, while levels train (stages/watch.py)."""
+
+    num_images: int = knob(200, "Images for each number, at most: as many as are held out.")
+    resamples: int = knob(100, "Draws of the images for their bootstrap errors.")
+
+    def __post_init__(self) -> None:
+        require(self.num_images >= 2, "watch.num_images", ">= 2", self.num_images)
+        require(self.resamples >= 2, "watch.resamples", ">= 2", self.resamples)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchConfig:
     """A greedy search for one level's condition noise (sigma_l), the others held."""
 

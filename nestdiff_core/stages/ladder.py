@@ -56,7 +56,7 @@ def ladder(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -
                     ).items()
                 },
                 averaged(true[m]),
-                averaged_latents(x, m, training.rows),
+                read_averaged(x, m, training.rows),
                 name=f"z_{m}",
                 num_neighbours=evaluation.num_neighbours,
                 resamples=config.ladder.resamples,
@@ -123,7 +123,7 @@ def true_latents(x: Experiment, level: int, rows: Int64[np.ndarray, " N"]) -> Te
     return torch.from_numpy(loading.open_latents(x, level).read(rows, np.zeros_like(rows))).float()
 
 
-def averaged_latents(x: Experiment, level: int, rows: Int64[np.ndarray, " N"]) -> Tensor:
+def read_averaged(x: Experiment, level: int, rows: Int64[np.ndarray, " N"]) -> Tensor:
     """True latents as they are compared (`averaged`), read in blocks: those of the images' own size may be many."""
     blocks = (rows[first : first + _BLOCK] for first in range(0, len(rows), _BLOCK))
     return torch.cat([averaged(true_latents(x, level, block)) for block in blocks])
