@@ -137,7 +137,7 @@ def _ladder_config(c: ExperimentConfig, _: int) -> dict[str, Any]:
 
 
 def _pictures_config(c: ExperimentConfig, _: int) -> dict[str, Any]:
-    sampling = {k: v for k, v in deciding(c.sampling).items() if k not in ("num_images", "batch_size")}
+    sampling = {k: v for k, v in deciding(c.sampling).items() if k not in ("num_images", "batch_size", "compile")}
     return {"sampling": sampling, "guidance": [[level.guidance, *level.guidance_interval] for level in c.levels]}
 
 

@@ -39,13 +39,15 @@ def pictures(x: Experiment, *, device: str = "cpu", progress: Progress = silent)
     true = {m: true_latents(x, m, rows) for m in range(1, x.config.num_levels + 1)}
     levels, figures = range(x.config.num_levels, 0, -1), []
     with x.writing(ref) as writer:
+        several = loading.Cascade(_plain(x, ROWS * (COLUMNS - 1)), device=device)
+        pair = loading.Cascade(_plain(x, WALKS), denoisers=several.denoisers, device=device)
         for done, level in enumerate(levels):
             progress(2 * done, 2 * len(levels), "pictures")
             grids = {}
             if level > 1:
-                grids[f"frozen_z_{level}"] = frozen(x, level, rows, true, real, device), _frozen_caption(level, x)
+                grids[f"frozen_z_{level}"] = frozen(several, level, rows, true, real), _frozen_caption(level, x)
             progress(2 * done + 1, 2 * len(levels), "pictures")
-            grids[f"walk_z_{level}"] = walks(x, level, rows, true, real, device), _walk_caption(level, x)
+            grids[f"walk_z_{level}"] = walks(pair, level, rows, true, real), _walk_caption(level, x)
             for name, (images, caption) in grids.items():
                 picture = image_grid(images, columns=COLUMNS, width=WIDTH, smooth=images.shape[1] <= SMALL)
                 file = f"{name}.png" if picture.startswith(b"\x89PNG") else f"{name}.jpg"
@@ -56,30 +58,28 @@ def pictures(x: Experiment, *, device: str = "cpu", progress: Progress = silent)
 
 
 def frozen(
-    x: Experiment,
+    cascade: loading.Cascade,
     level: int,
     rows: Int64[np.ndarray, " N"],
     true: dict[int, Float[Tensor, "N _ _ _"]],
     real: UInt8[np.ndarray, "N H W C"],
-    device: str = "cpu",
 ) -> UInt8[np.ndarray, "M H W C"]:
     """Row by row a real image and COLUMNS - 1 samples that have its z_level and all above, with noise of their own."""
     several = COLUMNS - 1
     which = np.repeat(np.arange(min(ROWS, len(rows))), several)
     given = {m: z_m[torch.from_numpy(which)] for m, z_m in true.items() if m >= level}
-    made = _images(x, range(len(which)), rows[which], given, device)
+    made = _images(cascade, range(len(which)), rows[which], given)
     return np.concatenate(
         [np.concatenate([real[i : i + 1], made[i * several : (i + 1) * several]]) for i in range(len(which) // several)]
     )
 
 
 def walks(
-    x: Experiment,
+    cascade: loading.Cascade,
     level: int,
     rows: Int64[np.ndarray, " N"],
     true: dict[int, Float[Tensor, "N _ _ _"]],
     real: UInt8[np.ndarray, "N H W C"],
-    device: str = "cpu",
 ) -> UInt8[np.ndarray, "M H W C"]:
     """Row by row a real image, COLUMNS - 2 steps from its latents of `level` and above to another's, and that image.
 
@@ -90,7 +90,7 @@ def walks(
     for share in np.linspace(0.0, 1.0, COLUMNS - 2):
         given = {m: between(z[:pairs], z[pairs : 2 * pairs], share, m) for m, z in true.items() if m >= level}
         told = rows[:pairs] if share < 0.5 else rows[pairs : 2 * pairs]
-        steps.append(_images(x, range(pairs), told, given, device))
+        steps.append(_images(cascade, range(pairs), told, given))
     columns = [real[:pairs], *steps, real[pairs : 2 * pairs]]
     return np.stack(columns, axis=1).reshape(-1, *real.shape[1:])
 
@@ -109,13 +109,16 @@ def between(
     return torch.where(torch.sin(angle) > 1e-4, arc, torch.lerp(x, y, share)).reshape(a.shape)
 
 
+def _plain(x: Experiment, batch_size: int) -> Experiment:
+    """The same denoisers, sampled as few at a time as a picture has, and not compiled for it."""
+    sampling = replace(x.config.sampling, batch_size=batch_size, compile=False)
+    return Experiment(replace(x.config, sampling=sampling), x.root)
+
+
 def _images(
-    x: Experiment, indices: Sequence[int], rows: Int64[np.ndarray, " N"], given: dict[int, Tensor], device: str
+    cascade: loading.Cascade, indices: Sequence[int], rows: Int64[np.ndarray, " N"], given: dict[int, Tensor]
 ) -> UInt8[np.ndarray, "N H W C"]:
-    small = replace(x.config, sampling=replace(x.config.sampling, batch_size=len(indices)))
-    missing = [m for m in range(1, x.config.num_levels + 1) if m not in given]
-    cascade = loading.Cascade(Experiment(small, x.root), levels=missing, device=device)
-    z = cascade.latents(indices, seed=small.sampling.seed, rows=rows, given=given)
+    z = cascade.latents(indices, seed=cascade.x.config.sampling.seed, rows=rows, given=given)
     return cascade.images(indices, z[1])
 
 

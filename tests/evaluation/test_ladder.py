@@ -154,6 +154,7 @@ def test_tables_are_printed(made: Experiment, monkeypatch: pytest.MonkeyPatch, c
     record = made.artifact(Ref("ladder")).info
     assert [row["true latents"] for row in ladder_table(record)] == ["none", "z_2", "z_1 up", "images"]
     assert next(iter(level_table(record)))["latent"] == "z_2"
+    assert f"report: {made.artifact(Ref('report')).path / 'report.html'}" in said
     assert "oracle ladder, 20 images to a rung" in said and "costs most" in said and "nan" not in said.lower()
 
 
