@@ -69,14 +69,17 @@ def build(experiment: ExperimentConfig) -> list[dg.AssetChecksDefinition]:
         _check(
             experiment,
             Ref("watch"),
-            f"level_{level}_no_worse",
-            f"The Frechet distance of z_{level} is not above the best that this denoiser has had by more than two "
+            f"{name}_no_worse",
+            f"The Frechet distance of {what} is not above the best that the same settings have had by more than two "
             "combined bootstrap errors: 2 sqrt(error^2 + error of the best^2).",
-            partial(_no_worse, level=level),
+            partial(_no_worse, key=key),
             blocking=False,
             severity=dg.AssetCheckSeverity.ERROR,
         )
-        for level in levels
+        for key, name, what in (
+            *((str(level), f"level_{level}", f"z_{level}") for level in levels),
+            ("images", "images", "the images"),
+        )
     ]
     if experiment.evaluation.probe:
         checks.append(
@@ -187,13 +190,13 @@ def _recognised(x: Experiment, ref: Ref) -> tuple[bool, dict[str, Any]]:
     }
 
 
-def _no_worse(x: Experiment, ref: Ref, *, level: int) -> tuple[bool, dict[str, Any]]:
+def _no_worse(x: Experiment, ref: Ref, *, key: str) -> tuple[bool, dict[str, Any]]:
     from nestdiff_core.stages.watch import best, history, is_worse
 
-    current = x.artifact(ref).info["newest"].get(str(level))
+    current = x.artifact(ref).info["newest"].get(key)
     if current is None:
-        return True, {"left_out": f"level {level} has no weights yet"}
-    before = best(history(x, str(level)), current)
+        return True, {"left_out": "there are no weights yet"}
+    before = best(history(x, key), current)
     return not is_worse(current, before), {
         "distance": current["fd"],
         "error": current["error"],

@@ -15,6 +15,7 @@ import torch
 from nestdiff_core import loading, stages
 from nestdiff_core.cli import main
 from nestdiff_core.config import WatchConfig
+from nestdiff_core.errors import IntegrityError
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.newest import newest_weights
 from nestdiff_core.recipes import toy
@@ -94,6 +95,20 @@ def test_a_checkpoint_that_is_damaged_or_gone_is_passed_over(toy_run: Any, tmp_p
     (folder / "step_00000120" / "state.json").write_text("{}")
     weights = newest_weights(x, 2)
     assert weights is not None and weights.step == 100
+
+
+def test_a_history_that_somebody_has_edited_is_refused(x: Experiment) -> None:
+    """A best that never was would make everything worse."""
+    stages.train(x, 2, until_step=60)
+    made = stages.watch(x)
+    assert made is not None
+    file = made.path / "history.json"
+    text = file.read_text()
+    file.write_text(re.sub('"fd": [0-9.]+', '"fd": 0.0', text))
+    with pytest.raises(IntegrityError, match=r"history\.json"):
+        stages.watch(x)
+    file.write_text(text)
+    assert stages.watch(x) is not None
 
 
 @pytest.mark.parametrize(("fd", "worse"), [(1.29, True), (1.28, False), (0.5, False)])

@@ -47,8 +47,12 @@ def watch(x: Experiment, *, device: str = "cpu", progress: Progress = silent) ->
         what, step, weights (sha256), denoiser (fingerprint)      which; of images, one entry a level
         fd, error, floor        Frechet distance, its bootstrap error, the distance of held-out latents or images
         numbers                 all numbers of each set, as of the ladder
+
+    Raises IntegrityError where the history is not what was written.
     """
     ref, levels = Ref("watch"), range(x.config.num_levels, 0, -1)
+    if (sealed := x.find(ref)) is not None:
+        sealed.verify()
     known = {record["key"]: record for record in history(x)}
     opened = {level: found for level in levels if (found := _open(x, level, device)) is not None}
     if not opened:
