@@ -118,7 +118,8 @@ def _facts(x: Experiment) -> dict[str, str]:
     facts["parameters"] = _short(sum(row["parameters"] for row in level_table(x)))
     for row in number_table(x):
         value, floor = row["samples"], row["held out"]
-        if row["number"].startswith(("fd", "fid", "confidence")) and None not in (value, floor):
+        told = row["number"].startswith(("fd", "fid", "confidence")) and "infinity" not in row["number"]
+        if told and None not in (value, floor):
             facts[f"{row['number']} (held out {floor:.3g})"] = f"{value:.3g}"
     return facts
 

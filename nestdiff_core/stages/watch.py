@@ -29,7 +29,7 @@ from nestdiff_core.newest import Weights, all_weights
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stages.common import logger
 from nestdiff_core.stages.ladder import judges, read_averaged, true_latents
-from nestdiff_core.stages.reference import extractors, open_statistics
+from nestdiff_core.stages.reference import extractors, open_statistics, reference
 
 HISTORY = "history.json"
 IMAGES = "images"
@@ -48,15 +48,18 @@ def watch(x: Experiment, *, device: str = "cpu", progress: Progress = silent) ->
         fd, error, floor        Frechet distance, its bootstrap error, the distance of held-out latents or images
         numbers                 all numbers of each set, as of the ladder
 
-    Raises IntegrityError where the history is not what was written.
+    Reference statistics that are not there yet are made. Raises IntegrityError where the history is not what was
+    written.
     """
     ref, levels = Ref("watch"), range(x.config.num_levels, 0, -1)
-    if (sealed := x.find(ref)) is not None:
-        sealed.verify()
-    known = {record["key"]: record for record in history(x)}
     opened = {level: found for level in levels if (found := _open(x, level, device)) is not None}
     if not opened:
         return None
+    if x.find(Ref("reference")) is None:  # elsewhere it is made after training, together with the samples
+        reference(x, device=device, progress=progress)
+    if (sealed := x.find(ref)) is not None:
+        sealed.verify()
+    known = {record["key"]: record for record in history(x)}
     wanted = {str(level): _key(weights) for level, (weights, _) in opened.items()}
     if len(opened) == len(levels):
         wanted[IMAGES] = fingerprint(sorted(wanted.values()))
