@@ -1,6 +1,7 @@
 """Asset checks: what must hold before the next stage is worth its time."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import dagster as dg
@@ -64,6 +65,22 @@ def build(experiment: ExperimentConfig) -> list[dg.AssetChecksDefinition]:
             _samples_in_range,
         ),
     ]
+    checks += [
+        _check(
+            experiment,
+            Ref("watch"),
+            f"{name}_no_worse",
+            f"The Frechet distance of {what} is not above the best that the same settings have had by more than two "
+            "combined bootstrap errors: 2 sqrt(error^2 + error of the best^2).",
+            partial(_no_worse, key=key),
+            blocking=False,
+            severity=dg.AssetCheckSeverity.ERROR,
+        )
+        for key, name, what in (
+            *((str(level), f"level_{level}", f"z_{level}") for level in levels),
+            ("images", "images", "the images"),
+        )
+    ]
     if experiment.evaluation.probe:
         checks.append(
             _check(
@@ -90,12 +107,15 @@ def _check(
     judge: Callable[[Experiment, Ref], tuple[bool, dict[str, Any]]],
     *,
     blocking: bool = True,
+    severity: dg.AssetCheckSeverity | None = None,
 ) -> dg.AssetChecksDefinition:
+    """severity: of a failure; by default an error where it blocks, else a warning."""
+    severity = severity or (dg.AssetCheckSeverity.ERROR if blocking else dg.AssetCheckSeverity.WARN)
+
     @dg.asset_check(asset=asset_key(experiment, ref), name=name, description=description, blocking=blocking)
     def check(artifacts: ArtifactRoot) -> dg.AssetCheckResult:
         with refusals():
             passed, metadata = judge(artifacts.experiment(experiment), ref)
-        severity = dg.AssetCheckSeverity.ERROR if blocking else dg.AssetCheckSeverity.WARN
         return dg.AssetCheckResult(passed=passed, metadata=metadata, severity=severity)
 
     return check
@@ -167,4 +187,21 @@ def _recognised(x: Experiment, ref: Ref) -> tuple[bool, dict[str, Any]]:
         "samples": probe["samples"]["num_images"],
         "held_out_accuracy": probe["held_out_accuracy"],
         **metadata,
+    }
+
+
+def _no_worse(x: Experiment, ref: Ref, *, key: str) -> tuple[bool, dict[str, Any]]:
+    from nestdiff_core.stages.watch import best, history, is_worse
+
+    current = x.artifact(ref).info["newest"].get(key)
+    if current is None:
+        return True, {"left_out": "there are no weights yet"}
+    before = best(history(x, key), current)
+    return not is_worse(current, before), {
+        "distance": current["fd"],
+        "error": current["error"],
+        "step": current["step"],
+        "best": before["fd"],
+        "error_of_best": before["error"],
+        "step_of_best": before["step"],
     }

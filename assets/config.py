@@ -36,6 +36,9 @@ GROUPS = {
     "samples": "evaluation",
     "evaluation": "evaluation",
     "ladder": "evaluation",
+    "pictures": "evaluation",
+    "watch": "evaluation",
+    "report": "evaluation",
 }
 
 

@@ -33,7 +33,7 @@ def build(experiment: ExperimentConfig, level: int) -> dg.AssetsDefinition:
     def denoiser(
         context: dg.AssetExecutionContext, config: Runtime, artifacts: ArtifactRoot, launcher: Launcher
     ) -> dg.MaterializeResult:
-        from nestdiff_core.evaluation.figures import loss_curve
+        from nestdiff_core.evaluation.figures import loss_curve, noise_level_curves
         from nestdiff_core.training.report import MEASURED
 
         x = artifacts.experiment(with_runtime(experiment, config))
@@ -51,6 +51,8 @@ def build(experiment: ExperimentConfig, level: int) -> dg.AssetsDefinition:
             {name: [line.get(name) for line in history] for name in names},
             title=f"Loss of level {level}",
         )
-        return result(artifact, spec.key, losses=picture(curve), **timings, **artifact.info)
+        quarters = noise_level_curves(history, title=f"Loss of level {level} by noise level")
+        pictures = {"losses": picture(curve), "losses_by_noise_level": picture(quarters)}
+        return result(artifact, spec.key, **pictures, **timings, **artifact.info)
 
     return denoiser

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nestdiff_core.errors import IntegrityError, LockHeld
-from nestdiff_core.experiment import STAGES, Experiment
+from nestdiff_core.experiment import STAGES, Experiment, Ref
 from nestdiff_core.files import LOCK, MANIFEST, PARTS, TEMPORARY, DirectoryLock, is_sealed, read_json
 from nestdiff_core.search import candidate
 
@@ -71,7 +71,7 @@ def _used(x: Experiment) -> Iterator[Path]:
     """Addresses of everything that the experiment has or has begun, its search's candidates included."""
     sigmas = x.config.search.sigmas if x.config.search.level else ()
     for y in (x, *(Experiment(candidate(x.config, sigma), x.root) for sigma in sigmas)):
-        for ref in y.refs():
+        for ref in (*y.refs(), Ref("watch")):
             with contextlib.suppress(IntegrityError):  # its inputs have not been made
                 yield y.path(ref)
 

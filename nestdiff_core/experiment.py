@@ -136,6 +136,25 @@ def _ladder_config(c: ExperimentConfig, _: int) -> dict[str, Any]:
     }
 
 
+def _pictures_config(c: ExperimentConfig, _: int) -> dict[str, Any]:
+    sampling = {k: v for k, v in deciding(c.sampling).items() if k not in ("num_images", "batch_size", "compile")}
+    return {"sampling": sampling, "guidance": [[level.guidance, *level.guidance_interval] for level in c.levels]}
+
+
+def _pictures_inputs(c: ExperimentConfig, level: int) -> tuple[Ref, ...]:
+    return tuple(ref for ref in _ladder_inputs(c, level) if ref.stage not in ("encoder", "reference"))
+
+
+def _watch_config(c: ExperimentConfig, level: int) -> dict[str, Any]:
+    """The yardstick: what must be the same for two numbers of the history to be compared."""
+    return {**_ladder_config(c, level), **deciding(c.watch)}
+
+
+def _watch_inputs(c: ExperimentConfig, level: int) -> tuple[Ref, ...]:
+    """Of the ladder's all but the denoisers, whose weights are what is watched."""
+    return tuple(ref for ref in _ladder_inputs(c, level) if ref.stage != "denoiser")
+
+
 def _ladder_inputs(c: ExperimentConfig, _: int) -> tuple[Ref, ...]:
     text = (Ref("text"),) if c.conditioning.labels == "text" else ()
     numbers = [level.level for level in c.levels]
@@ -210,6 +229,14 @@ STAGES: dict[str, Stage] = {
         lambda c, _: deciding(c.evaluation), lambda c, _: (*_judging_inputs(c), Ref("samples")), "evaluate"
     ),
     "ladder": Stage(_ladder_config, _ladder_inputs, "evaluate"),
+    "pictures": Stage(_pictures_config, _pictures_inputs, "evaluate"),
+    "watch": Stage(_watch_config, _watch_inputs, "watch"),
+    # It shows what there is: what that was, it says itself (stages/report.py).
+    "report": Stage(
+        lambda c, _: {name: value for name, value in deciding(c).items() if name != "runtime"},
+        lambda c, _: (),
+        "evaluate",
+    ),
 }
 
 PER_LEVEL = ("crops", "moments", "svd_basis", "latents", "denoiser")
@@ -245,8 +272,8 @@ class Experiment:
 
     def _needs(self, ref: Ref) -> bool:
         match ref:
-            case ("design", _):
-                return False  # a proposal, which nothing reads
+            case ("design" | "watch", _):
+                return False  # a proposal, which nothing reads; a history, which never ends
             case ("text", _):
                 return self.config.conditioning.labels == "text"
             case ("features", _):

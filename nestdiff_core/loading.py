@@ -6,8 +6,9 @@ Every function raises IntegrityError when the artifact is missing, with the comm
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -171,26 +172,40 @@ def latent_batches(x: Experiment, level: int) -> LatentBatches:
     return LatentBatches(readers, index.labels if num_classes(x.config, index) else None, captions)
 
 
-def open_denoiser(x: Experiment, level: int, *, device: str = "cpu") -> NestedDenoiser:
-    """The trained denoiser of a level: its EMA weights, compared with their checksum, in eval mode."""
-    artifact = x.artifact(Ref("denoiser", level))
-    artifact.verify()
+def open_denoiser(x: Experiment, level: int, *, weights: Path | None = None, device: str = "cpu") -> NestedDenoiser:
+    """The trained denoiser of a level: its EMA weights, compared with their checksum, in eval mode.
+
+    weights: those of this file instead, of a checkpoint say.
+    """
+    if weights is None:
+        artifact = x.artifact(Ref("denoiser", level))
+        artifact.verify()
+        weights = artifact.path / EMA
     model = build_denoiser(x.config, level, num_classes(x.config, open_index(x)))
-    model.load_state_dict(load_file(artifact.path / EMA))
+    model.load_state_dict(load_file(weights))
     return model.to(device).eval()
 
 
 class Cascade:
     """The experiment's denoisers and what tells them what to make, opened once to sample from often.
 
-    levels: whose denoisers; all by default. With `sampling.compile` each is compiled whole, once for each shape of
-    batch that it gets (guidance doubles it), at its first call.
+    levels: whose denoisers; all by default. denoisers: these by level instead. With `sampling.compile` each is compiled
+    whole, once for each shape of batch that it gets (guidance doubles it), at its first call.
     """
 
-    def __init__(self, x: Experiment, *, levels: Iterable[int] | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        x: Experiment,
+        *,
+        levels: Iterable[int] | None = None,
+        denoisers: Mapping[int, NestedDenoiser] | None = None,
+        device: str = "cpu",
+    ) -> None:
         self.x, self.device, self._index = x, device, open_index(x)
         chosen = range(1, x.config.num_levels + 1) if levels is None else levels
-        self.denoisers = {level: open_denoiser(x, level, device=device) for level in chosen}
+        if denoisers is None:
+            denoisers = {level: open_denoiser(x, level, device=device) for level in chosen}
+        self.denoisers = dict(denoisers)
         if x.config.sampling.compile:
             # All levels share one function, which is compiled for each of them: by default eight times at most.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(self.denoisers))
@@ -209,9 +224,11 @@ class Cascade:
         rows: Int64[np.ndarray, " N"] | None = None,
         given: dict[int, Tensor] | None = None,
         null_conditions: bool = False,
+        lowest: int = 1,
         progress: Progress = silent,
     ) -> dict[int, Tensor]:
-        """As `generate`. rows: the images of the index whose labels or captions these are told."""
+        """As `generate`, from the top to level `lowest`. rows: the images of the index whose labels or captions these
+        are told."""
         indices = list(image_indices)
         return sample_cascade(
             self.denoisers,
@@ -221,6 +238,7 @@ class Cascade:
             labels=self._labels(indices) if rows is None else self._labels_of(rows),
             given=given or {},
             null_conditions=null_conditions,
+            lowest=lowest,
             device=torch.device(self.device),
             progress=progress,
         )

@@ -8,7 +8,7 @@ import signal
 
 import dagster as dg
 
-from assets import checks, denoisers, encoder, evaluation, features, hierarchy, images, search
+from assets import checks, denoisers, encoder, evaluation, features, hierarchy, images, pages, search, watch
 from assets.resources import ArtifactRoot, Launcher
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.recipes import load_experiment
@@ -35,12 +35,15 @@ def build_definitions(config: ExperimentConfig) -> dg.Definitions:
             evaluation.build_samples(config),
             evaluation.build_evaluation(config),
             evaluation.build_ladder(config),
+            pages.build_pictures(config),
+            watch.build(config),
+            pages.build_report(config),
             *search.build(config),
         ],
         asset_checks=checks.build(config),
         jobs=list(jobs.values()),
-        schedules=build_schedules(jobs["evaluate"]),
-        sensors=build_sensors(config, jobs["evaluate"], jobs["encode_images"]),
+        schedules=build_schedules(jobs["watch"]),
+        sensors=build_sensors(config, evaluate=jobs["evaluate"], encode=jobs["encode_images"], watch=jobs["watch"]),
         executor=noted(dg.multi_or_in_process_executor),
         resources={"artifacts": ArtifactRoot(), "launcher": Launcher()},
     )

@@ -11,10 +11,11 @@ from pipelines.recover import noted
 
 ENCODE = ("images", "encoder", "features", "crops", "text")
 BUILD = (*ENCODE, "svd_basis", "latents")
+JUDGE = ("reference", "samples", "evaluation", "ladder", "pictures", "report")
 
 
 def build_jobs(config: ExperimentConfig) -> dict[str, UnresolvedAssetJobDefinition]:
-    """quickstart, build_latents, train_level_1 .. train_level_L, train_all_levels, evaluate; by name."""
+    """quickstart, build_latents, train_level_1 .. train_level_L, train_all_levels, evaluate, watch; by name."""
     levels = range(1, config.num_levels + 1)
     refs = Experiment(config).refs()
 
@@ -33,7 +34,7 @@ def build_jobs(config: ExperimentConfig) -> dict[str, UnresolvedAssetJobDefiniti
 
     build = [key for stage in BUILD for key in keys(stage)]
     train = keys("denoiser")
-    judge = [*keys("reference"), *keys("samples"), *keys("evaluation"), *keys("ladder")]
+    judge = [key for stage in JUDGE for key in keys(stage)]
     jobs = [
         job("quickstart", f"The whole experiment {config.name!r}, from images to numbers.", build + train + judge),
         job("encode_images", "Index the images and encode those that are new.", [k for s in ENCODE for k in keys(s)]),
@@ -48,7 +49,12 @@ def build_jobs(config: ExperimentConfig) -> dict[str, UnresolvedAssetJobDefiniti
             for level in levels
         ),
         job("train_all_levels", "Train (or resume) every denoiser; they do not depend on one another.", train),
-        job("evaluate", "Sample the cascade and compute its numbers, with fixed seeds.", judge),
+        job("evaluate", "Sample the cascade, compute its numbers with fixed seeds, write the report.", judge),
+        job(
+            "watch",
+            "Judge the newest weights of each level, while they train or afterwards; write the report.",
+            [*keys("reference"), asset_key(config, Ref("watch")), *keys("report")],
+        ),
     ]
     if level := config.search.level:
         jobs.append(

@@ -4,16 +4,18 @@ import dagster as dg
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
 
-def build_schedules(evaluate: UnresolvedAssetJobDefinition) -> list[dg.ScheduleDefinition]:
+def build_schedules(watch: UnresolvedAssetJobDefinition) -> list[dg.ScheduleDefinition]:
+    """watch: the job that judges the newest weights."""
     return [
         dg.ScheduleDefinition(
             name="nightly_evaluation",
-            job=evaluate,
+            job=watch,
             cron_schedule="0 3 * * *",
             default_status=dg.DefaultScheduleStatus.STOPPED,
             description=(
-                "Samples and numbers of the newest denoisers every night at three, with fixed seeds; what is there "
-                "already is checked against its manifest, not computed again. Off until switched on."
+                "Numbers of the newest weights of every level, finished or in training, every night at three, with "
+                "fixed seeds, and whether one is worse than its best. Weights that have been judged are not judged "
+                "again. Off until switched on."
             ),
         )
     ]

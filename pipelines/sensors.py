@@ -1,6 +1,8 @@
-"""Work when there is something new: weights to evaluate, images to encode; and an end to runs that have died."""
+"""Work when there is something new: weights to judge, denoisers to evaluate, images to encode; and an end to runs that
+have died."""
 
 import hashlib
+import json
 
 import dagster as dg
 from dagster._core.definitions.data_version import CODE_VERSION_TAG, DATA_VERSION_TAG
@@ -22,10 +24,19 @@ UNFINISHED = [
 
 
 def build_sensors(
-    config: ExperimentConfig, evaluate: UnresolvedAssetJobDefinition, encode: UnresolvedAssetJobDefinition
+    config: ExperimentConfig,
+    *,
+    evaluate: UnresolvedAssetJobDefinition,
+    encode: UnresolvedAssetJobDefinition,
+    watch: UnresolvedAssetJobDefinition,
 ) -> list[dg.SensorDefinition]:
-    """evaluate, encode: the jobs that new weights and new images ask for."""
-    return [_new_denoiser_evaluation(config, evaluate), _new_images(config, encode), _dead_runs()]
+    """evaluate, encode, watch: the jobs that finished denoisers, new images and new checkpoints ask for."""
+    return [
+        _new_denoiser_evaluation(config, evaluate),
+        _new_images(config, encode),
+        _new_checkpoints(config, watch),
+        _dead_runs(),
+    ]
 
 
 def _dead_runs() -> dg.SensorDefinition:
@@ -66,6 +77,36 @@ def _new_images(config: ExperimentConfig, encode: UnresolvedAssetJobDefinition) 
         return dg.RunRequest(run_key=listing)
 
     return new_images
+
+
+def _new_checkpoints(config: ExperimentConfig, watch: UnresolvedAssetJobDefinition) -> dg.SensorDefinition:
+    @dg.sensor(
+        name="new_checkpoints",
+        job=watch,
+        minimum_interval_seconds=120,
+        default_status=dg.DefaultSensorStatus.STOPPED,
+        description=(
+            "Judges the newest weights of each level when there are new ones, while training goes on: one run at a "
+            "time, which takes the newest there are by then. Off until switched on."
+        ),
+    )
+    def new_checkpoints(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        from nestdiff_core.newest import newest_weights
+
+        found = [newest_weights(Experiment(config), level.level) for level in config.levels]
+        weights = {str(w.level): [w.step, w.denoiser, w.digest] for w in found if w is not None}
+        if not weights:
+            return dg.SkipReason("No level has any weights yet")
+        steps = ", ".join(f"level {level} at step {step}" for level, (step, *_) in weights.items())
+        newest = json.dumps(weights, sort_keys=True)
+        if context.cursor == newest:
+            return dg.SkipReason(f"Nothing is newer than {steps}")
+        if context.instance.get_runs(dg.RunsFilter(job_name=watch.name, statuses=UNFINISHED), limit=1):
+            return dg.SkipReason("The numbers of earlier weights are still being made")
+        context.update_cursor(newest)
+        return dg.RunRequest(run_key=hashlib.sha256(newest.encode()).hexdigest())
+
+    return new_checkpoints
 
 
 def _new_denoiser_evaluation(config: ExperimentConfig, evaluate: UnresolvedAssetJobDefinition) -> dg.SensorDefinition:

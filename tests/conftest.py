@@ -1,9 +1,10 @@
 """What several tests share: the toy experiment, run once through Dagster."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,3 +37,28 @@ def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterRun]:
         with dg.DagsterInstance.get() as instance:
             job = build_definitions(toy()).resolve_job_def("quickstart")
             yield DagsterRun(root, dagster_home, job.execute_in_process(instance=instance))
+
+
+@pytest.fixture(scope="session")
+def shuffle_newest() -> Callable[[Any, int], None]:
+    """Puts the averaged weights of a level's newest checkpoint in disorder, with a record that vouches for them."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from nestdiff_core.files import file_record, read_sealed_json, write_sealed_json
+    from nestdiff_core.newest import newest_weights
+
+    def shuffle(x: Any, level: int) -> None:
+        weights = newest_weights(x, level)
+        assert weights is not None and not weights.finished
+        generator, tensors = torch.Generator().manual_seed(0), load_file(weights.path)
+        for name, value in tensors.items():
+            order = torch.randperm(value.numel(), generator=generator)
+            tensors[name] = value.flatten()[order].view_as(value).contiguous()
+        save_file(tensors, weights.path)
+        state = weights.path.parent / "state.json"
+        record = read_sealed_json(state)
+        record["files"]["ema.safetensors"] = file_record(weights.path)
+        write_sealed_json(state, record)
+
+    return shuffle

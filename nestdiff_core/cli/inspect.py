@@ -58,6 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         print("\n" + format_table(ladder.level_table(record)))
     if samples := experiment.find(Ref("samples")):
         print(f"\nsamples: {samples.path / 'samples.npz'}")
+    if report := experiment.find(Ref("report")):
+        print(f"report: {report.path / 'report.html'}")
     return 0
 
 

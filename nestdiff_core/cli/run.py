@@ -1,7 +1,8 @@
 """Run the pipeline, or some of its stages. What is there already is checked and kept.
 
 Stages: images, encoder, features, crops (for levels cut from crops), text (for captions), bases, latents, train,
-reference, samples, evaluation, ladder; all that the experiment has by default.
+reference, samples, evaluation, ladder, pictures, report; all that the experiment has by default. And watch, when asked
+for: numbers of the newest weights, while levels train.
 """
 
 from __future__ import annotations
@@ -28,14 +29,19 @@ STAGES = (
     "samples",
     "evaluation",
     "ladder",
+    "pictures",
+    "report",
 )
+EXTRA = ("watch",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from nestdiff_core.cli import add_device, add_experiment
 
     add_experiment(parser)
-    parser.add_argument("--stage", action="append", choices=STAGES, help="only this stage; may be given several times")
+    parser.add_argument(
+        "--stage", action="append", choices=(*STAGES, *EXTRA), help="only this stage; may be given several times"
+    )
     parser.add_argument(
         "--processes", type=int, metavar="N", help="processes that train and sample (default: the experiment's)"
     )
@@ -91,6 +97,8 @@ def _run_stage(
             for level in range(1, experiment.config.num_levels + 1):
                 if experiment.config.has_crops(level):
                     stages.crops(experiment, level, device=device, progress=progress)
+        case "report":
+            print(stages.report(experiment, progress=progress).path / "report.html")
         case _:
             getattr(stages, stage)(experiment, device=device, progress=progress)
     return 0

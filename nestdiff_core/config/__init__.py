@@ -20,6 +20,7 @@ from nestdiff_core.config.judging import (
     LadderConfig,
     SamplingConfig,
     SearchConfig,
+    WatchConfig,
 )
 from nestdiff_core.config.knobs import knob
 from nestdiff_core.config.levels import (
@@ -52,5 +53,6 @@ __all__ = [
     "TrainConfig",
     "UViTConfig",
     "ViTConfig",
+    "WatchConfig",
     "knob",
 ]

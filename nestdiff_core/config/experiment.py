@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nestdiff_core.config.data import AutoencoderConfig, EncoderConfig, FeaturesConfig, ImagesConfig
-from nestdiff_core.config.judging import DesignConfig, EvaluationConfig, LadderConfig, SamplingConfig, SearchConfig
+from nestdiff_core.config.judging import (
+    DesignConfig,
+    EvaluationConfig,
+    LadderConfig,
+    SamplingConfig,
+    SearchConfig,
+    WatchConfig,
+)
 from nestdiff_core.config.knobs import knob, require
 from nestdiff_core.config.levels import ConditioningConfig, DiffusionConfig, LevelConfig
 
@@ -56,6 +63,7 @@ class ExperimentConfig:
     sampling: SamplingConfig = knob(SamplingConfig(), "The cascade.")
     evaluation: EvaluationConfig = knob(EvaluationConfig(), "The numbers.")
     ladder: LadderConfig = knob(LadderConfig(), "Which level loses the quality.")
+    watch: WatchConfig = knob(WatchConfig(), "Numbers of the newest weights, while levels train.")
     search: SearchConfig = knob(SearchConfig(), "A search for one level's condition noise.")
     design: DesignConfig = knob(DesignConfig(), "What `design` proposes levels for.")
     runtime: RuntimeConfig = knob(RuntimeConfig(), "How work is run; in no fingerprint.")

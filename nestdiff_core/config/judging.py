@@ -131,9 +131,23 @@ class LadderConfig:
     """The oracle ladder, which tells the level that loses the quality (evaluation/ladder.py)."""
 
     num_images: int = knob(1_000, "Held-out images whose true latents are given level by level, at most.")
+    resamples: int = knob(100, "Draws of the images for the bootstrap errors of costs and of latents' distances.")
 
     def __post_init__(self) -> None:
         require(self.num_images >= 2, "ladder.num_images", ">= 2", self.num_images)
+        require(self.resamples >= 2, "ladder.resamples", ">= 2", self.resamples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """Numbers of the newest weights, while levels train (stages/watch.py)."""
+
+    num_images: int = knob(200, "Images for each number, at most: as many as are held out.")
+    resamples: int = knob(100, "Draws of the images for their bootstrap errors.")
+
+    def __post_init__(self) -> None:
+        require(self.num_images >= 2, "watch.num_images", ">= 2", self.num_images)
+        require(self.resamples >= 2, "watch.resamples", ">= 2", self.resamples)
 
 
 @dataclass(frozen=True, kw_only=True)

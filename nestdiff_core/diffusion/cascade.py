@@ -47,12 +47,13 @@ def sample_cascade(
     labels: Int[Tensor, " N"] | Float[Tensor, "N T W"] | None = None,
     given: Mapping[int, Float[Tensor, "N _ _ _"]] | None = None,
     null_conditions: bool = False,
+    lowest: int = 1,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> dict[int, Float[Tensor, "N _ _ _"]]:
-    """Latents of every level for the images `image_indices`, in their order, on the CPU.
+    """Latents of every level from the top to `lowest` for the images `image_indices`, in their order, on the CPU.
 
-    denoisers: by level, on `device`, called as NestedDenoiser is; levels in `given` need none.
+    denoisers: by level, on `device`, called as NestedDenoiser is; levels in `given` or below `lowest` need none.
     image_indices: distinct, from 0; each run of `sampling.batch_size` images that they touch costs a full batch.
     labels: class of each image (N,) or its caption's tokens (N, T, W), as conditioning.labels says; None for the null
     class or the empty caption. given: true latents of the top levels (the oracle), used instead of generated ones.
@@ -62,9 +63,11 @@ def sample_cascade(
     that is not finite.
     """
     indices, given = list(image_indices), dict(given or {})
-    _check_request(denoisers, config, indices, labels, given)
+    config.level(lowest)
+    levels = range(config.num_levels, lowest - 1, -1)
+    _check_request(denoisers, config, indices, labels, given, levels)
     sampler = _LevelSampler(config, denoisers, seed, null_conditions)
-    result = {m: torch.empty(len(indices), *config.latent_shape(m)) for m in range(config.num_levels, 0, -1)}
+    result = {m: torch.empty(len(indices), *config.latent_shape(m)) for m in levels}
     finished = 0
     for batch in micro_batches(indices, config.sampling.batch_size, torch.device(device)):
         latents = {m: batch.spread(z_m.float()) for m, z_m in given.items()}
@@ -240,14 +243,17 @@ def _check_request(
     indices: Sequence[int],
     labels: Tensor | None,
     given: Mapping[int, Tensor],
+    levels: range,
 ) -> None:
+    """levels: those of the result, from the top."""
+
     def require(
         ok: bool, what: str, key: str, expected: object, found: object, fix: str, level: int | None = None
     ) -> None:
         if not ok:
             raise ConfigError(what, stage="samples", key=key, level=level, expected=expected, found=found, fix=fix)
 
-    levels, count = range(1, config.num_levels + 1), len(indices)
+    count = len(indices)
     require(
         len(set(indices)) == count and min(indices, default=0) >= 0,
         "These image indices cannot be sampled",
@@ -256,7 +262,7 @@ def _check_request(
         f"{count} numbers, {len(set(indices))} distinct, from {min(indices, default=0)}",
         "Ask for each image once.",
     )
-    top = sorted(levels, reverse=True)[: len(given)]
+    top = list(levels)[: len(given)]
     require(
         sorted(given, reverse=True) == top,
         "Latents are given for levels that are not the top ones",
@@ -276,12 +282,12 @@ def _check_request(
             "Give one latent for each image index.",
             level=m,
         )
-    missing = [m for m in levels if m not in given and m not in denoisers]
+    missing = [m for m in reversed(levels) if m not in given and m not in denoisers]
     require(
         not missing,
         "Denoisers are missing",
         "denoisers",
-        [m for m in levels if m not in given],
+        [m for m in reversed(levels) if m not in given],
         sorted(denoisers),
         "Give a denoiser for each level that is to be sampled.",
     )

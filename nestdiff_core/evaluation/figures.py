@@ -43,18 +43,19 @@ def image_grid(
     scale: int | None = None,
     gap: int = 2,
     smooth: bool = False,
+    width: int = WIDTH,
 ) -> bytes:
-    """Images row by row, `columns` abreast. Pixels become squares of `scale`; by default the grid fits `WIDTH`.
+    """Images row by row, `columns` abreast. Pixels become squares of `scale`; by default the grid fits `width` pixels.
 
     `smooth` interpolates instead, which is how a person reads a digit of eight pixels.
     Images too large to fit are averaged down. The last row may be incomplete. Between images is a grey `gap`, which
     shows where dark and bright ones end. PNG, or JPEG where that would be large.
     """
-    num, height, width = images.shape[:3]
+    num, high, wide = images.shape[:3]
     columns = min(columns, num)
-    room = (WIDTH - gap * (columns - 1)) / columns / width
+    room = (width - gap * (columns - 1)) / columns / wide
     factor = scale if scale is not None else (max(1, int(room)) if room >= 1 else room)
-    tile = max(1, round(width * factor)), max(1, round(height * factor))
+    tile = max(1, round(wide * factor)), max(1, round(high * factor))
     enlarge = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     filter_ = enlarge if factor >= 1 else Image.Resampling.BOX
     rows = -(-num // columns)
@@ -139,15 +140,96 @@ def loss_curve(
             markersize=4,
         )
         smallest, largest = min(smallest, y.min()), max(largest, y.max())
-    if smallest > 0 and largest / smallest > 5:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    _log_if_wide(axes, smallest, largest)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     _legend(axes, "upper right")
     return _png(figure)
+
+
+def noise_level_curves(history: Sequence[Mapping[str, int | float]], *, title: str) -> bytes:
+    """Losses over steps for each quarter of t, from the log of a training (training/report.py): thin on what it
+    trained on, dots on held-out images, with the last of both in the legend."""
+    figure, axes = _panel(title, "step", "loss", height=360)
+    quarters = sorted({name.rpartition("_t")[2] for line in history for name in line if name.startswith("loss_t")})
+    smallest, largest = np.inf, 0.0
+    for colour, quarter in zip(COLOURS, quarters, strict=False):
+        last = []
+        for name in ("loss", "held_out_loss"):
+            points = [(line["step"], line.get(f"{name}_t{quarter}", np.nan)) for line in history]
+            x, y = np.array([p for p in points if np.isfinite(p[1])], dtype=np.float64).reshape(-1, 2).T
+            if not len(y):
+                continue
+            if name == "loss":
+                axes.plot(x, y, color=colour, linewidth=1.2, alpha=0.55)
+            else:
+                axes.plot(x, y, color=colour, linewidth=1.6, linestyle=(0, (4, 2)), marker="o", markersize=4)
+            smallest, largest = min(smallest, y.min()), max(largest, y.max())
+            last.append(f"{y[-1]:.3g}")
+        axes.plot(
+            [], [], color=colour, linewidth=3, label=f"t from {float(quarter):g}: {', held out '.join(last) or '-'}"
+        )
+    _log_if_wide(axes, smallest, largest)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    if quarters:  # below: four curves leave no corner free
+        figure.legend(loc="outside lower center", ncols=2, fontsize=9, labelcolor=INK, frameon=False, handlelength=1.4)
+    return _png(figure)
+
+
+def history_plot(
+    series: Mapping[int, Sequence[tuple[int, float, float]]], floors: Mapping[int, float], *, title: str, ylabel: str
+) -> bytes:
+    """A number of each level over training steps, (step, value, bootstrap error) each, with bars of two errors.
+
+    floors: what held-out latents score, a dotted line in the level's colour.
+    """
+    figure, axes = _panel(title, "step", ylabel, height=330)
+    seen = [*floors.values()]
+    for level in sorted(series, reverse=True):
+        points = sorted(series[level])
+        x, y, e = (np.array(column, dtype=np.float64) for column in zip(*points, strict=True))
+        colour, last = level_colour(level), f"{y[-1]:.3g} ± {2 * e[-1]:.2g}"
+        axes.errorbar(
+            x, y, 2 * e, color=colour, linewidth=1.8, marker="o", markersize=4, capsize=3, label=f"z_{level}: {last}"
+        )
+        if level in floors:
+            axes.axhline(floors[level], color=colour, linewidth=1.2, linestyle=(0, (1, 2)))
+        seen += y.tolist()
+    _log_if_wide(axes, min(seen), max(seen))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    _legend(axes, "upper right")
+    return _png(figure)
+
+
+def power_plot(
+    sets: Mapping[str, Float[np.ndarray, " F"]], *, title: str = "Power over spatial frequency of the images"
+) -> bytes:
+    """Radial power spectra (image_power) of sets of images, on a logarithmic axis; the first one is drawn strong."""
+    figure, axes = _panel(title, "cycles per image", "power", height=300)
+    for colour, (place, (name, power)) in zip(COLOURS, enumerate(sets.items()), strict=False):
+        frequency = np.arange(1, len(power) + 1)
+        style = {"linewidth": 2.6, "color": MUTED} if place == 0 else {"linewidth": 1.6, "color": colour}
+        axes.plot(frequency, power, marker="o", markersize=3.5, label=name, **style)
+    _log_scale(axes)
+    if max(map(len, sets.values())) > 16:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    _legend(axes, "upper right")
+    return _png(figure)
+
+
+def image_power(images: UInt8[np.ndarray, "N H W C"]) -> Float[np.ndarray, " F"]:
+    """Mean squared amplitude of square images in [0, 1] at 1, 2, ..., H // 2 cycles, averaged over directions."""
+    grey = images.mean(axis=3) / 255.0
+    power = (np.abs(np.fft.fft2(grey)) ** 2).mean(axis=0) / grey[0].size
+    frequency = np.fft.fftfreq(grey.shape[1]) * grey.shape[1]
+    ring = np.rint(np.hypot(frequency[:, None], frequency[None])).astype(int)
+    return np.array([power[ring == f].mean() for f in range(1, grey.shape[1] // 2 + 1)])
 
 
 def bar_plot(
@@ -230,7 +312,21 @@ def _panel(title: str, xlabel: str, ylabel: str, *, height: int) -> tuple[Figure
     return figure, axes
 
 
+def _log_if_wide(axes: Axes, smallest: float, largest: float) -> None:
+    if smallest > 0 and largest / smallest > 5:
+        _log_scale(axes)
+
+
+def _log_scale(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+
+
 def _legend(axes: Axes, place: Literal["lower left", "upper right"]) -> None:
+    if not axes.get_legend_handles_labels()[0]:
+        return
     axes.legend(
         loc=place,
         fontsize=9,

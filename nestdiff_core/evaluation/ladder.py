@@ -30,9 +30,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nestdiff_core.evaluation.bootstrap import RESAMPLES, deviation, frechet_resamples
 from nestdiff_core.evaluation.extractors import Extractor, FeatureSet, Images, extract
+from nestdiff_core.evaluation.gaussian import Gaussian
 from nestdiff_core.evaluation.image_metrics import feature_metrics
-from nestdiff_core.evaluation.latent_metrics import gaussian_like, latent_metrics
+from nestdiff_core.evaluation.latent_metrics import averaged, gaussian_like, latent_metrics
+from nestdiff_core.latents.moments import Moments
 
 
 def image_ladder(
@@ -42,6 +45,7 @@ def image_ladder(
     extractors: Sequence[Extractor],
     *,
     num_neighbours: int = 3,
+    resamples: int = RESAMPLES,
     seed: int = 0,
     batch_size: int = 256,
 ) -> dict[str, Any]:
@@ -51,7 +55,9 @@ def image_ladder(
     Returns plain JSON data:
 
         metrics    {name: {rungs: {k: value}, held_out: value}}
-        costs      {Frechet distance: {levels: {l: D_{l+1} - D_l}, autoencoder, costliest: l, halves: [l, l]}}
+        costs      {Frechet distance: {levels: {l: D_{l+1} - D_l}, errors: {l: e}, autoencoder, costliest: l,
+                   halves: [l, l]}}
+                   errors: each cost's deviation over `resamples` draws of the images, which all rungs share (bootstrap)
                    halves: which level costs most judged by every second image; where they disagree, noise decides
         warnings   sentences, each naming its metric
     """
@@ -59,13 +65,8 @@ def image_ladder(
     costs: dict[str, Any] = {}
     warnings: dict[str, None] = {}
     for extractor in extractors:
-        score = partial(
-            feature_metrics,
-            reference=training[extractor.kind],
-            extractor=extractor,
-            num_neighbours=num_neighbours,
-            seed=seed,
-        )
+        real = training[extractor.kind]
+        score = partial(feature_metrics, reference=real, extractor=extractor, num_neighbours=num_neighbours, seed=seed)
         features = {k: extract(images, extractor, batch_size=batch_size) for k, images in rungs.items()}
         numbers = {k: score(values) for k, values in features.items()}
         low = score(extract(held_out, extractor, batch_size=batch_size))
@@ -78,8 +79,12 @@ def image_ladder(
         for half in (0, 1) if len(held_out) >= 4 else ():
             distances = {k: score(_every_second(values, half)).values[name] for k, values in features.items()}
             halves.append(costliest(level_costs(distances)))
+        drawn = frechet_resamples(
+            {k: values.values for k, values in features.items()}, real.gaussian, resamples=resamples, seed=seed
+        )
         costs[name] = {
             "levels": {str(level): cost for level, cost in levels.items()},
+            "errors": {str(level): deviation(drawn[level + 1] - drawn[level]) for level in levels},
             "autoencoder": numbers[1].values[name] - low.values[name],
             "costliest": costliest(levels),
             "halves": halves,
@@ -104,41 +109,55 @@ def level_numbers(
     *,
     name: str,
     num_neighbours: int = 3,
+    resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Latents (N, C, H, W) of one level by set (`conditional`, ...) against as many training ones, beside the floors.
 
     All are `averaged` where they are large. training: M latents. N is lowered to M; `resampled` needs M >= 2 N and is
     left out with a warning else.
-    Returns plain JSON data: numbers {set: {metric: value}}, channels {set: {mean_error, std_ratio: a number each}},
-    settings, warnings.
+    Returns plain JSON data: numbers {set: {metric: value}}, errors {set: bootstrap error of fd}, channels {set:
+    {mean_error, std_ratio: a number each}}, settings, warnings.
     """
     num = min(len(held_out), len(training))
     shuffled = training[torch.from_numpy(np.random.default_rng(seed).permutation(len(training)))]
     real = shuffled[:num]
+    fitted = Gaussian.of(Moments.of(_flat(real).double().numpy()))
     sets = {which: z[:num] for which, z in generated.items()}
     sets |= {"held_out": held_out[:num], "resampled": shuffled[num : 2 * num]}
     sets["gaussian"] = gaussian_like(training, num, seed=seed)
-    numbers, channels, settings, warnings = {}, {}, {}, {}
+    numbers, errors, channels, settings, warnings = {}, {}, {}, {}, {}
     for which, z in sets.items():
         if len(z) < num:
             warnings[f"{name}: {which} is left out, {len(training)} training images are too few for {num}."] = None
             continue
         found = latent_metrics(z, real, name=name, num_neighbours=num_neighbours, seed=seed)
         numbers[which], channels[which], settings = found.values, found.channels, found.settings
+        drawn = frechet_resamples({which: _flat(z)}, fitted, resamples=resamples, seed=seed)
+        errors[which] = deviation(drawn[which])
         warnings |= dict.fromkeys(found.warnings)
-    return {"numbers": numbers, "channels": channels, "settings": settings, "warnings": list(warnings)}
+    return {
+        "numbers": numbers,
+        "errors": errors,
+        "channels": channels,
+        "settings": {**settings, "resamples": resamples},
+        "warnings": list(warnings),
+    }
 
 
 def ladder_table(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row per rung from the top, and one for the held-out images themselves: their numbers, and what the level (or
-    autoencoder) that is generated at this rung, but not at the next, adds to each Frechet distance."""
+    autoencoder) that is generated at this rung, but not at the next, adds to each Frechet distance, with the cost's
+    bootstrap error."""
     metrics, costs = record["metrics"], record["costs"]
     top = max(map(int, next(iter(metrics.values()))["rungs"]))
     rows = []
     for k in range(top, 0, -1):
         level = k - 1
-        added = {f"cost in {n}": c["levels"][str(level)] if level else c["autoencoder"] for n, c in costs.items()}
+        added = {}
+        for name, cost in costs.items():
+            added[f"cost in {name}"] = cost["levels"][str(level)] if level else cost["autoencoder"]
+            added[f"± {name}"] = cost["errors"].get(str(level))
         rows.append(
             {
                 "true latents": "none" if k == top else f"z_{k}" + (" up" if k < top - 1 else ""),
@@ -148,31 +167,41 @@ def ladder_table(record: Mapping[str, Any]) -> list[dict[str, Any]]:
             }
         )
     real = {name: n["held_out"] for name, n in metrics.items()}
-    return [*rows, {"true latents": "images", **real, "adds": "-", **dict.fromkeys(f"cost in {n}" for n in costs)}]
+    return [*rows, {**dict.fromkeys(rows[0]), "true latents": "images", **real, "adds": "-"}]
 
 
 def level_table(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row per level and number from the top: generated latents, then the floors; None where a set is left out.
 
-    conditional: of the top level the unconditional ones.
+    conditional: of the top level the unconditional ones. `fd ±` is the bootstrap error of fd.
     """
     sets = ("conditional", "ancestral", "held_out", "resampled", "gaussian")
-    return [
-        {"latent": f"z_{level}", "number": name, **{which: found.get(which, {}).get(name) for which in sets}}
-        for level, numbers in sorted(record["levels"].items(), key=lambda item: -int(item[0]))
-        for found in [{"conditional": numbers["numbers"].get("unconditional"), **numbers["numbers"]}]
-        for name in found["conditional"]
-    ]
+    rows = []
+    for level, record_l in sorted(record["levels"].items(), key=lambda item: -int(item[0])):
+        found = {which: dict(numbers) for which, numbers in record_l["numbers"].items()}
+        for which, numbers in found.items():
+            found[which] = {"fd": numbers.pop("fd"), "fd ±": record_l["errors"][which], **numbers}
+        found = {"conditional": found.get("unconditional", {}), **found}
+        for name in found["conditional"]:
+            cells = {which: found.get(which, {}).get(name) for which in sets}
+            rows.append({"latent": f"z_{level}", "number": name, **cells})
+    return rows
 
 
 def verdicts(record: Mapping[str, Any]) -> list[str]:
-    """A sentence for each Frechet distance: which level costs most, and whether both halves of the images say so."""
+    """A sentence for each Frechet distance: which level costs most, how sure its cost is (two bootstrap errors), and
+    whether both halves of the images say so."""
     said = []
     for name, cost in record["costs"].items():
         level, halves = cost["costliest"], set(cost["halves"])
         agree = "each half of the images says so" if halves == {level} else "the halves of the images disagree: noise"
-        said.append(f"{name}: level {level} costs most ({cost['levels'][str(level)]:.3g}); {agree}.")
+        value, error = cost["levels"][str(level)], cost["errors"][str(level)]
+        said.append(f"{name}: level {level} costs most ({value:.3g} ± {2 * error:.2g}); {agree}.")
     return said
+
+
+def _flat(z: Tensor) -> Tensor:
+    return averaged(z).flatten(1)
 
 
 def _every_second(features: FeatureSet, first: int) -> FeatureSet:

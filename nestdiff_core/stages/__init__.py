@@ -9,8 +9,11 @@ from nestdiff_core.stages.data import crops, encoder, features, images, text
 from nestdiff_core.stages.denoisers import CHECKPOINTS, train
 from nestdiff_core.stages.hierarchy import bases, design, latents, propose_levels
 from nestdiff_core.stages.ladder import ladder
+from nestdiff_core.stages.pictures import pictures
 from nestdiff_core.stages.reference import reference
+from nestdiff_core.stages.report import report
 from nestdiff_core.stages.sampling import evaluation, samples
+from nestdiff_core.stages.watch import watch
 
 __all__ = [
     "CHECKPOINTS",
@@ -23,9 +26,12 @@ __all__ = [
     "images",
     "ladder",
     "latents",
+    "pictures",
     "propose_levels",
     "reference",
+    "report",
     "samples",
     "text",
     "train",
+    "watch",
 ]

@@ -32,10 +32,9 @@ def ladder(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -
     ref = Ref("ladder")
     if (made := reuse(x, ref)) is not None:
         return made
-    config, top, index = x.config, x.config.num_levels, loading.open_index(x)
-    held_out = loading.SplitImages(index, "held_out").subset(config.ladder.num_images, config.sampling.seed)
-    training = loading.SplitImages(index, "train").subset(MAX_TRAINING, config.sampling.seed)
-    true = {m: _read(x, m, held_out.rows) for m in range(1, top + 1)}
+    config, top = x.config, x.config.num_levels
+    held_out, training = judges(x, config.ladder.num_images)
+    true = {m: true_latents(x, m, held_out.rows) for m in range(1, top + 1)}
     with x.writing(ref, keep_parts=True) as writer:
         files = _rungs(x, writer, held_out.rows, true, device, progress)
         evaluation, spaces = config.evaluation, extractors(x, device=device)
@@ -45,6 +44,7 @@ def ladder(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -
             open_statistics(x, "train", spaces),
             spaces,
             num_neighbours=evaluation.num_neighbours,
+            resamples=config.ladder.resamples,
             seed=config.sampling.seed,
         )
         levels = {
@@ -56,9 +56,10 @@ def ladder(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -
                     ).items()
                 },
                 averaged(true[m]),
-                torch.cat([averaged(_read(x, m, rows)) for rows in _blocks(training.rows)]),
+                read_averaged(x, m, training.rows),
                 name=f"z_{m}",
                 num_neighbours=evaluation.num_neighbours,
+                resamples=config.ladder.resamples,
                 seed=config.sampling.seed,
             )
             for m in range(top, 0, -1)
@@ -110,14 +111,22 @@ def _beyond(progress: Progress, before: int, whole: int) -> Progress:
     return lambda done, total, what, **numbers: progress(before + done, whole, what, **numbers)
 
 
-def _read(x: Experiment, level: int, rows: Int64[np.ndarray, " N"]) -> Tensor:
+def judges(x: Experiment, num_images: int) -> tuple[loading.SplitImages, loading.SplitImages]:
+    """Held-out images, at most `num_images`, whose true latents are given; training ones to compare with."""
+    index, seed = loading.open_index(x), x.config.sampling.seed
+    held_out = loading.SplitImages(index, "held_out").subset(num_images, seed)
+    return held_out, loading.SplitImages(index, "train").subset(MAX_TRAINING, seed)
+
+
+def true_latents(x: Experiment, level: int, rows: Int64[np.ndarray, " N"]) -> Tensor:
     """True latents (N, C, H, W) of the images `rows`, not mirrored."""
     return torch.from_numpy(loading.open_latents(x, level).read(rows, np.zeros_like(rows))).float()
 
 
-def _blocks(rows: Int64[np.ndarray, " N"]) -> list[Int64[np.ndarray, " n"]]:
-    """Few enough that latents of the images' own size fit into memory."""
-    return [rows[first : first + _BLOCK] for first in range(0, len(rows), _BLOCK)]
+def read_averaged(x: Experiment, level: int, rows: Int64[np.ndarray, " N"]) -> Tensor:
+    """True latents as they are compared (`averaged`), read in blocks: those of the images' own size may be many."""
+    blocks = (rows[first : first + _BLOCK] for first in range(0, len(rows), _BLOCK))
+    return torch.cat([averaged(true_latents(x, level, block)) for block in blocks])
 
 
 def _generated(file: Path, level: int) -> Tensor:

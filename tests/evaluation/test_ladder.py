@@ -50,10 +50,20 @@ def test_costs_add_up_and_name_the_rung_where_noise_comes_in() -> None:
 
 def test_a_coin_decides_between_equal_levels_and_it_is_said() -> None:
     """Where every rung is as good, the halves of the images need not agree, and a sentence says when they do not."""
-    record = {"costs": {"fd": {"levels": {"2": 0.1, "1": 0.0}, "autoencoder": 0.0, "costliest": 2, "halves": [2, 1]}}}
+    record = {
+        "costs": {
+            "fd": {
+                "levels": {"2": 0.1, "1": 0.0},
+                "errors": {"2": 0.02, "1": 0.02},
+                "autoencoder": 0.0,
+                "costliest": 2,
+                "halves": [2, 1],
+            }
+        }
+    }
     assert "disagree" in verdicts(record)[0]
     record["costs"]["fd"]["halves"] = [2, 2]
-    assert "each half" in verdicts(record)[0]
+    assert "each half" in verdicts(record)[0] and "0.1 ± 0.04" in verdicts(record)[0]
 
 
 def test_floors_stand_where_they_should() -> None:
@@ -144,6 +154,7 @@ def test_tables_are_printed(made: Experiment, monkeypatch: pytest.MonkeyPatch, c
     record = made.artifact(Ref("ladder")).info
     assert [row["true latents"] for row in ladder_table(record)] == ["none", "z_2", "z_1 up", "images"]
     assert next(iter(level_table(record)))["latent"] == "z_2"
+    assert f"report: {made.artifact(Ref('report')).path / 'report.html'}" in said
     assert "oracle ladder, 20 images to a rung" in said and "costs most" in said and "nan" not in said.lower()
 
 

@@ -24,6 +24,7 @@ from nestdiff_core.recipes import toy
 from pipelines.definitions import build_definitions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+JUDGED = {"samples", "evaluation", "ladder", "pictures", "report"}  # what every change of a denoiser makes stale
 
 
 def command(*arguments: str, root: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -186,7 +187,7 @@ def test_definitions_of_every_recipe(name: str) -> None:
     dg.Definitions.validate_loadable(definitions)
     jobs = {job.name for job in definitions.resolve_all_job_defs()}
     levels = {f"train_level_{level}" for level in range(1, config.num_levels + 1)}
-    assert jobs >= {"quickstart", "build_latents", "design_levels", "train_all_levels", "evaluate"} | levels
+    assert jobs >= {"quickstart", "build_latents", "design_levels", "train_all_levels", "evaluate", "watch"} | levels
     repository = definitions.get_repository_def()
     schedule = repository.get_schedule_def("nightly_evaluation")
     sensor = repository.get_sensor_def("new_denoiser_evaluation")
@@ -298,17 +299,17 @@ def test_a_changed_source_is_noticed_loses_partitions_and_a_rechecked_one_makes_
     [
         (
             "levels.2.channels: 3",
-            {"svd_basis 2", "latents 2", "denoiser 1", "denoiser 2", "samples", "evaluation", "ladder"},
+            {"svd_basis 2", "latents 2", "denoiser 1", "denoiser 2", *JUDGED},
         ),
-        ("levels.2.condition_noise: 1.0", {"denoiser 1", "samples", "evaluation", "ladder"}),
-        ("levels.1.train.lr: 0.01", {"denoiser 1", "samples", "evaluation", "ladder"}),
-        ("levels.1.guidance: 2.0", {"samples", "evaluation", "ladder"}),
-        ("sampling.batch_size: 7", {"samples", "evaluation", "ladder"}),
+        ("levels.2.condition_noise: 1.0", {"denoiser 1", *JUDGED}),
+        ("levels.1.train.lr: 0.01", {"denoiser 1", *JUDGED}),
+        ("levels.1.guidance: 2.0", JUDGED),
+        ("sampling.batch_size: 7", JUDGED - {"pictures"}),
         ("runtime.device: cpu", set()),
         ("levels.1.train.log_every: 7", set()),
-        ("sampling.num_images: 7", {"samples", "evaluation"}),
-        ("ladder.num_images: 7", {"ladder"}),
-        ("evaluation.num_neighbours: 5", {"evaluation", "ladder"}),
+        ("sampling.num_images: 7", {"samples", "evaluation", "report"}),
+        ("ladder.num_images: 7", {"ladder", "report"}),
+        ("evaluation.num_neighbours: 5", {"evaluation", "ladder", "report"}),
     ],
 )
 def test_a_change_makes_stale_what_depends_on_it_and_nothing_else(tmp_path: Path, change: str, stale: set[str]) -> None:
@@ -316,7 +317,7 @@ def test_a_change_makes_stale_what_depends_on_it_and_nothing_else(tmp_path: Path
     from nestdiff_core.recipes import load_experiment
 
     path = tmp_path / "x.yaml"
-    path.write_text(f"recipe: toy\n{change}\n")
+    path.write_text(f"recipe: toy\nname: toy\n{change}\n")
     old, new = Experiment(toy(), tmp_path), Experiment(load_experiment(path), tmp_path)
     changed = {
         " ".join(map(str, filter(None, ref))) for ref in old.refs() if old.config_hash(ref) != new.config_hash(ref)
