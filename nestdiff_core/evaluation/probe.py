@@ -8,6 +8,7 @@ Images larger than 16x16 are averaged down to that, which suits digits and textu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,9 @@ def fit_probe(images: Images, labels: Int[np.ndarray, " N"], *, seed: int = 0) -
             fix="Give more labelled images, or set evaluation.probe to false.",
         )
     trees = ExtraTreesClassifier(TREES, random_state=seed)
-    classifier = CalibratedClassifierCV(trees, **CALIBRATION).fit(_pixels(_Rows(images, rows)), labels)
+    classifier = CalibratedClassifierCV(trees, **CALIBRATION).fit(
+        np.concatenate(list(_pixels(_Rows(images, rows)))), labels
+    )
     return Probe(classifier, tuple(classes.tolist()), images[0].shape)
 
 
@@ -80,7 +83,7 @@ def judge(probe: Probe, images: Images) -> dict[str, Any]:
             found=shape,
             fix="Judge samples of the images' resolution and channels.",
         )
-    probabilities = probe.classifier.predict_proba(_pixels(images))
+    probabilities = _probabilities(probe, images)
     share = np.bincount(probabilities.argmax(axis=1), minlength=len(probe.classes)) / len(probabilities)
     return {
         "num_images": len(probabilities),
@@ -94,7 +97,12 @@ def judge(probe: Probe, images: Images) -> dict[str, Any]:
 
 def accuracy(probe: Probe, images: Images, labels: Int[np.ndarray, " N"]) -> float:
     """Share of real images that the probe assigns to their label."""
-    return float((probe.classifier.predict(_pixels(images)) == np.asarray(labels)).mean())
+    said = np.asarray(probe.classes)[_probabilities(probe, images).argmax(axis=1)]
+    return float((said == np.asarray(labels)).mean())
+
+
+def _probabilities(probe: Probe, images: Images) -> Float[np.ndarray, "N K"]:
+    return np.concatenate([probe.classifier.predict_proba(block) for block in _pixels(images)])
 
 
 @dataclass(frozen=True)
@@ -111,13 +119,11 @@ class _Rows:
         return self.images[int(self.rows[index])]
 
 
-def _pixels(images: Images) -> Float[np.ndarray, "N D"]:
-    """Pixels in [0, 1] over at most 16x16 areas, one row an image."""
-    rows = []
+def _pixels(images: Images) -> Iterator[Float[np.ndarray, "n D"]]:
+    """Pixels in [0, 1] over at most 16x16 areas, one row an image, a thousand images at a time."""
     for batch in batches(images, 1024):
         x = torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 255.0
-        rows.append(area_resize(x, SIDE).flatten(1).numpy())
-    return np.concatenate(rows)
+        yield area_resize(x, SIDE).flatten(1).numpy()
 
 
 def _entropy(p: Float[np.ndarray, "N K"]) -> Float[np.ndarray, " N"]:
