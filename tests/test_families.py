@@ -156,6 +156,7 @@ def test_iclr_family_through_the_stages(tmp_path: Path, photographs: Path) -> No
 
 
 @needs_shared
+@pytest.mark.timeout(900)  # five levels, each trained, judged and drawn
 def test_cvpr_family_through_dagster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The quickstart job makes crops, caption tokens, a mixed hierarchy, four denoisers, samples and a number."""
     monkeypatch.setenv("NESTDIFF_HOME", str(tmp_path / "artifacts"))
