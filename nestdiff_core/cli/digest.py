@@ -85,8 +85,8 @@ def _hash_content(ref: Ref, artifact: Artifact) -> str:
             return _hash_plain(
                 {"metrics": {name: n["value"] for name, n in record["metrics"].items()}, "probe": record["probe"]}
             )
-        case "ladder":
-            return _hash_plain(json.loads((path / "ladder.json").read_text()))
+        case "ladder" | "sweep" | "neighbours":
+            return _hash_plain(json.loads((path / f"{ref.stage}.json").read_text()))
         case "pictures" | "report":
             return artifact.digest
     raise AssertionError(f"no digest is defined for stage {ref.stage}")

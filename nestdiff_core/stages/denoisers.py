@@ -15,6 +15,7 @@ from nestdiff_core.artifacts import Artifact, ArtifactWriter, code_version
 from nestdiff_core.errors import IntegrityError
 from nestdiff_core.experiment import Experiment, Ref, differences
 from nestdiff_core.files import is_sealed, read_sealed_json, write_json
+from nestdiff_core.loading import CHECKPOINTS
 from nestdiff_core.models import count_macs, count_parameters
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stages.common import logger, reuse
@@ -25,7 +26,6 @@ from nestdiff_core.training.events import EventFiles
 from nestdiff_core.training.loop import Trainer, ignore
 from nestdiff_core.training.signals import stop_on_signals
 
-CHECKPOINTS = "checkpoints"
 EVENTS = "tensorboard"
 HISTORY = "history.json"
 TOLD = ("loss", "held_out_loss", "held_out_loss_without_conditions", "gradient_norm", "lr", "skipped_steps")
