@@ -301,22 +301,28 @@ def pareto_plot(
     ylabel: str,
     front: Sequence[int] = (),
     marked: Mapping[str, int] | None = None,
+    noise: float = 0.0,
     colour: str = COLOURS[0],
 ) -> bytes:
-    """A point for each setting, a line through those of `front`, rings with a name around those `marked`."""
+    """A point for each setting, a line through those of `front`, rings with a name around those `marked`.
+
+    noise: the band of losses up to twice that above the smallest is shaded.
+    """
     figure, axes = _panel(title, xlabel, ylabel, height=330)
+    if noise:
+        axes.axhspan(min(losses), min(losses) + 2 * noise, color=LINES, zorder=0, linewidth=0)
     axes.scatter(costs, losses, s=26, color=colour, alpha=0.45, linewidths=0)
     axes.plot([costs[i] for i in front], [losses[i] for i in front], color=colour, linewidth=1.6)
     names: dict[int, list[str]] = {}
     for name, i in (marked or {}).items():
         names.setdefault(i, []).append(name)
-    for i, said in names.items():
+    for place, (i, said) in enumerate(sorted(names.items(), key=lambda item: losses[item[0]])):
         axes.scatter([costs[i]], [losses[i]], s=80, facecolors="none", edgecolors=INK, linewidths=1.3)
         right = costs[i] > (min(costs) + max(costs)) / 2
         axes.annotate(
             ", ".join(said),
             (costs[i], losses[i]),
-            xytext=(-8 if right else 8, 8),
+            xytext=(-8 if right else 8, 8 + 12 * place),  # one above the other: they may mark the same place
             textcoords="offset points",
             ha="right" if right else "left",
             color=INK,

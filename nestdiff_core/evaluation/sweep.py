@@ -235,6 +235,7 @@ def sweep_plots(record: Mapping[str, Any]) -> dict[str, bytes]:
             title=f"How level {level} may be sampled",
             xlabel="passes of the network for an image (guidance doubles them)",
             ylabel=f"Frechet distance of z_{level}",
+            noise=found["noise"],
             colour=level_colour(int(level)),
         )
     rows, metric = record["short_list"], record["metric"]
@@ -243,13 +244,15 @@ def sweep_plots(record: Mapping[str, Any]) -> dict[str, bytes]:
     recall = "recall" if metric == "fid" else metric.replace("fd_", "recall_", 1)
     costs = [row["macs"] / 1e9 for row in rows]
     plots["images"] = pareto_plot(
-        costs, losses, front=pareto(costs, losses), marked=marked, title="Settings of the whole cascade",
+        costs, losses, front=pareto(costs, losses), marked=marked, noise=record["noise"],
+        title="Settings of the whole cascade",
         xlabel="GMACs for an image", ylabel=metric,
     )  # fmt: skip
     if all(recall in row["metrics"] for row in rows):
         found = [row["metrics"][recall] for row in rows]
         plots["recall"] = pareto_plot(
             found, losses, front=pareto([-value for value in found], losses), marked=marked,
+            noise=record["noise"],
             title="Quality and diversity of the same settings", xlabel=recall, ylabel=metric,
         )  # fmt: skip
     return plots

@@ -118,15 +118,15 @@ def neighbour_pictures(x: Experiment) -> dict[str, bytes]:
         likest = np.argsort(distances[:, 0] ** 2 / np.maximum(distances[:, 1], 1e-300), kind="stable")[:_ROWS_SHOWN]
         drawn[space] = neighbour_grid(
             [(f"sample {i}: {distances[i, 0]:.3g}", row(space, i)) for i in likest.tolist()],
-            title=f"Samples most like copies, and the nearest training images by {space}",
-            xlabel=f"distance of the nearest; unseen images have {numbers['distance']['held_out']:.3g} (median)",
+            title=f"Nearest training images by {space}",
+            xlabel=f"samples most like copies, at what distance; unseen images: {numbers['distance']['held_out']:.3g}",
         )
     shown = range(min(_ROWS_SHOWN // 2, len(pictures)))
     both = [(space, sample) for sample in shown for space in (ENCODER, "z_1")]
     drawn["encoder_and_z_1"] = neighbour_grid(
         [(f"sample {sample} by {space}", row(space, sample)) for space, sample in both],
-        title="Nearest training images: by the encoder, and by the code of the image",
-        xlabel="samples at the left",
+        title="Nearest training images by encoder and by code",
+        xlabel="z_1: the autoencoder's code of an image, its pixels where there is none",
     )
     return drawn
 
