@@ -187,12 +187,13 @@ def open_denoiser(
     """The trained denoiser of a level: an average of its weights, compared with their checksum, in eval mode.
 
     decay: of the average, one of the level's `kept_decays`; by default `train.ema_decay`. 0 is the weights as training
-    left them, which are in its last checkpoint: IntegrityError on a machine that does not have it. weights: those of
-    this file instead, of a checkpoint say.
+    left them, which are in its last checkpoint: IntegrityError on a machine that does not have it (unless 0 is one of
+    `train.more_ema_decays`). weights: those of this file instead, of a checkpoint say.
     """
     weights = _weights(x, level, decay) if weights is None else weights
     model = build_denoiser(x.config, level, num_classes(x.config, open_index(x)))
-    model.load_state_dict(load_file(weights))
+    stored = load_file(weights)  # a checkpoint's further averages have their decay before the name
+    model.load_state_dict({name: value for name, value in stored.items() if " " not in name})
     return model.to(device).eval()
 
 
@@ -201,12 +202,14 @@ def _weights(x: Experiment, level: int, decay: float | None) -> Path:
     artifact.verify()
     if decay is None or decay == train.ema_decay:
         return artifact.path / EMA
+    if decay in train.more_ema_decays:
+        return artifact.path / average_file(decay)
     return _last_checkpoint(artifact) / "model.safetensors"
 
 
 def average_file(decay: float) -> str:
     """Where in a denoiser's artifact a further average of its weights is (`train.more_ema_decays`)."""
-    return f"ema_{decay:g}.safetensors"
+    return f"ema_{decay}.safetensors"
 
 
 def _last_checkpoint(denoiser: Artifact) -> Path:

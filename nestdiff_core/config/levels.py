@@ -55,6 +55,12 @@ class TrainConfig:
     beta2: float = knob(0.9, "AdamW beta 2.")
     warmup_steps: int = knob(5_000, "Linear warm-up steps.")
     ema_decay: float = knob(0.9999, "Decay of the exponential moving average of the weights, which is what samples.")
+    more_ema_decays: tuple[float, ...] = knob(
+        (),
+        "Decays of further averages of the weights, which are kept in training and exported beside that one for "
+        "levels.sampled_decay and sweeps; each takes the memory of the weights.",
+        decides="if_changed",
+    )
     grad_clip: float = knob(0.0, "Largest gradient norm; 0 turns clipping off, as published.")
     max_loss: float = knob(
         1000.0,
@@ -128,6 +134,13 @@ class TrainConfig:
             require(0.0 <= getattr(self, name) < 1.0, f"levels.train.{name}", "in [0, 1)", getattr(self, name))
         for name in ("ema_decay", "condition_drop"):
             require(0.0 <= getattr(self, name) <= 1.0, f"levels.train.{name}", "in [0, 1]", getattr(self, name))
+        more = self.more_ema_decays
+        require(
+            len({*more, self.ema_decay}) == len(more) + 1 and all(0.0 <= decay <= 1.0 for decay in more),
+            "levels.train.more_ema_decays",
+            f"different numbers in [0, 1], others than ema_decay = {self.ema_decay}",
+            more,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +212,7 @@ class LevelConfig:
     @property
     def kept_decays(self) -> tuple[float, ...]:
         """The weights that training leaves to choose from: as they are (0), and each average, by its decay."""
-        return tuple(sorted({0.0, self.train.ema_decay}))
+        return tuple(sorted({0.0, self.train.ema_decay, *self.train.more_ema_decays}))
 
     @property
     def decay(self) -> float:

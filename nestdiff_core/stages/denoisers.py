@@ -111,9 +111,11 @@ def _tell_of_other(x: Experiment, ref: Ref, checkpoint: Path, state: dict[str, A
 
 
 def _export(x: Experiment, trainer: Trainer, writer: ArtifactWriter) -> Artifact:
-    """What everyone else reads: the EMA weights, how to build the network, the history of the run."""
+    """What everyone else reads: the averages of the weights, how to build the network, the history of the run."""
     shapes = [list(shape) for _, shape in sorted(trainer.batches.shapes().items(), reverse=True)]
-    save_file({name: value.cpu().contiguous() for name, value in trainer.ema.items()}, writer.path / loading.EMA)
+    for decay, average in trainer.averages.items():
+        file = loading.EMA if average is trainer.ema else loading.average_file(decay)
+        save_file({name: value.cpu().contiguous() for name, value in average.items()}, writer.path / file)
     # Nothing here may depend on what else an experiment says: the denoiser is others' too, by its digest.
     architecture = {"level_config": writer.header["config"], "shapes": shapes}
     write_json(writer.path / "config.json", architecture)

@@ -322,6 +322,22 @@ def test_raw_weights_are_those_of_the_last_checkpoint(swept: Experiment) -> None
     (path / "checkpoints" / "elsewhere").rename(last)
 
 
+def test_further_averages_are_exported_and_sampled(swept: Experiment) -> None:
+    """Every average that training kept is one of the candidates, and its own weights are opened."""
+    own = swept.config.level(2)
+    kept = replace(own, train=replace(own.train, more_ema_decays=(0.5,)), sampled_decay=0.5)
+    x = Experiment(replace(swept.config, levels=(swept.config.level(1), kept)), swept.root)
+    artifact = stages.train(x, 2)
+    assert artifact is not None and {"ema.safetensors", "ema_0.5.safetensors"} <= set(artifact.manifest["files"])
+    exported = load_file(artifact.path / "ema_0.5.safetensors")
+    opened = loading.Cascade(x, levels=[2]).denoisers[2].state_dict()
+    average = loading.open_denoiser(swept, 2).state_dict()
+    assert all(torch.equal(opened[name], value) for name, value in exported.items())
+    assert any(not torch.equal(average[name], value) for name, value in exported.items())
+    assert all(torch.equal(average[name], value) for name, value in load_file(artifact.path / loading.EMA).items())
+    assert {found.sampled_decay for found in candidates(x.config, 2)} == {0.0, 0.5, 0.9}
+
+
 def test_nothing_to_sweep_is_refused(root: Path) -> None:
     with pytest.raises(ConfigError, match="nothing to sweep"):
         stages.sweep(Experiment(toy(), root))
