@@ -10,8 +10,9 @@ images: the configured one, the best of each level, and those that differ from t
 next to as good. They are judged by real images that are not the reference of the final numbers, and have another seed
 than the final samples: who chooses by a number, and then reports it, reports too good a one.
 
-A distance is not exact: `halves` are those of every second image. Since all settings have the same noise, what counts
-is how much their difference varies between the halves (`noise_of_differences`).
+A distance is not exact: `halves` are those of every second image to every second real one, and of the others to the
+others. Since all settings have the same noise and the same judges, what counts is how much their difference varies
+between the halves (`noise_of_differences`).
 """
 
 from __future__ import annotations

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
 from nestdiff_core import loading
 from nestdiff_core.artifacts import Artifact, ArtifactWriter
-from nestdiff_core.errors import ConfigError
+from nestdiff_core.errors import ConfigError, InputError
 from nestdiff_core.evaluation.extractors import extract
+from nestdiff_core.evaluation.gaussian import Gaussian, frechet_distance
 from nestdiff_core.evaluation.image_metrics import feature_metrics
 from nestdiff_core.evaluation.latent_metrics import averaged, density_coverage
 from nestdiff_core.evaluation.samples import StoredSamples, save_samples
@@ -34,6 +34,7 @@ from nestdiff_core.evaluation.sweep import (
 )
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.files import write_json
+from nestdiff_core.latents.moments import Moments
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stages.common import logger, reuse
 from nestdiff_core.stages.ladder import MAX_TRAINING, read_averaged
@@ -172,14 +173,14 @@ class _Sweep:
         for extractor in extractors(self.x, device=self.device):
             real, distance = extract(reference, extractor), extractor.metric_name("fd")
             metric = metric or self.config.sweep.metric or distance
-            statistics = fid_features_to_statistics(real.values)
+            judge = _Judge(real.values)
             for name, images in sets.items():
                 features = extract(images, extractor)
                 found = feature_metrics(
                     features, real, extractor, num_neighbours=evaluation.num_neighbours, seed=self.seed
                 )
                 metrics[name] |= found.values
-                halves[name][distance] = _halves(features.values, statistics)
+                halves[name][distance] = judge(features.values)["halves"]
                 warnings |= dict.fromkeys(found.warnings)
         macs = {m: self.x.artifact(Ref("denoiser", m)).info["macs"] for m in range(1, self.config.num_levels + 1)}
         rows = [
@@ -229,12 +230,12 @@ class _Latents:
 
     def __init__(self, real: Float[Tensor, "M C H W"], num_neighbours: int, seed: int) -> None:
         self.real, self.num_neighbours, self.seed = real.double().flatten(1), num_neighbours, seed
-        self.statistics = fid_features_to_statistics(self.real)
+        self.judge = _Judge(self.real)
 
     def numbers(self, z: Float[Tensor, "N C H W"]) -> dict[str, Any]:
         """fd and its halves; density and coverage of as many training latents."""
         values = z.double().flatten(1)
-        found = {"fd": _distance(values, self.statistics), "halves": _halves(values, self.statistics)}
+        found = self.judge(values)
         num = min(len(values), len(self.real))
         if num <= self.num_neighbours:
             return found
@@ -243,10 +244,26 @@ class _Latents:
         return found | density_coverage(values[:num].numpy(), real.numpy(), self.num_neighbours, seed=self.seed)
 
 
-def _distance(values: Float[Tensor, "N D"], statistics: dict[str, np.ndarray]) -> float:
-    return fid_statistics_to_metric(fid_features_to_statistics(values), statistics, verbose=False)[KEY_METRIC_FID]
+class _Judge:
+    """Frechet distances to real images, in one space."""
+
+    def __init__(self, real: Float[Tensor, "M D"]) -> None:
+        if len(real) < 4:
+            raise InputError(
+                "There are too few real images to judge a sweep",
+                stage="sweep",
+                expected=">= 4",
+                found=len(real),
+                fix="Hold out more images (images.held_out_fraction), or let evaluation.reference be held_out.",
+            )
+        self.whole, *self.halves = (_gaussian(part) for part in (real, real[0::2], real[1::2]))
+
+    def __call__(self, values: Float[Tensor, "N D"]) -> dict[str, Any]:
+        """fd; halves: of every second one to every second real one, and of the others to the others."""
+        parts = zip((values[0::2], values[1::2]), self.halves, strict=True)
+        distances = [frechet_distance(_gaussian(part), half) for part, half in parts]
+        return {"fd": frechet_distance(_gaussian(values), self.whole), "halves": distances}
 
 
-def _halves(values: Float[Tensor, "N D"], statistics: dict[str, np.ndarray]) -> list[float]:
-    """The distances of every second one, and of the others."""
-    return [_distance(values[first::2], statistics) for first in (0, 1)]
+def _gaussian(values: Float[Tensor, "N D"]) -> Gaussian:
+    return Gaussian.of(Moments.of(values.double().numpy()))

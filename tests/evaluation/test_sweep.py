@@ -21,7 +21,7 @@ from nestdiff_core import loading, stages
 from nestdiff_core.cli import main
 from nestdiff_core.config import ExperimentConfig, SweepConfig
 from nestdiff_core.config_io import from_dict, to_dict
-from nestdiff_core.errors import ConfigError, IntegrityError
+from nestdiff_core.errors import ConfigError, InputError, IntegrityError
 from nestdiff_core.evaluation.extractors import pixel_extractor
 from nestdiff_core.evaluation.figures import pareto_plot
 from nestdiff_core.evaluation.image_metrics import image_metrics
@@ -215,12 +215,25 @@ def _training(x: Experiment, level: int) -> torch.Tensor:
     return torch.from_numpy(loading.open_latents(x, level).read(rows, 0 * rows)).float()
 
 
+def whitened(n: int) -> torch.Tensor:
+    """Mean 0 and covariance I exactly, in two dimensions."""
+    z = np.random.default_rng(0).normal(size=(n, 2))
+    return torch.from_numpy((z - z.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(z, rowvar=False))).T)
+
+
 def test_the_distance_is_that_of_two_gaussians() -> None:
     """Training latents N(0, 1) exactly, generated ones shifted by 2 and three times as wide: 4 + 4 in each number."""
-    z = np.random.default_rng(0).normal(size=(400, 2))
-    z = (z - z.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(z, rowvar=False))).T
-    real = torch.from_numpy(z).reshape(400, 2, 1, 1)
+    real = whitened(400).reshape(400, 2, 1, 1)
     assert stage._Latents(real, 3, 0).numbers(2 + 3 * real)["fd"] == pytest.approx(16)
+
+
+def test_each_half_is_judged_by_its_own_half() -> None:
+    """Every second one is off by 1 from every second real one, the others by 2 from the others, which lie elsewhere."""
+    z = whitened(100)
+    real, values = (torch.stack(pair, dim=1).flatten(0, 1) for pair in ((z, z + 100), (z + 1, z + 102)))
+    assert stage._Judge(real)(values)["halves"] == pytest.approx([2, 8])
+    with pytest.raises(InputError, match="too few"):
+        stage._Judge(real[:3])
 
 
 def test_the_short_list_is_judged_by_images_that_the_evaluation_does_not_compare_with(swept: Experiment) -> None:
