@@ -39,6 +39,8 @@ GROUPS = {
     "pictures": "evaluation",
     "watch": "evaluation",
     "report": "evaluation",
+    "neighbours": "evaluation",
+    "sweep": "evaluation",
 }
 
 

@@ -149,6 +149,42 @@ def build_evaluation(experiment: ExperimentConfig) -> dg.AssetsDefinition:
     return evaluation
 
 
+def build_neighbours(experiment: ExperimentConfig) -> dg.AssetsDefinition:
+    spec = asset_spec(
+        experiment,
+        Ref("neighbours"),
+        kinds={"scikitlearn"},
+        description=(
+            "Whether samples are copies: their nearest training images, by the latent of each level and by the "
+            "encoder's vector, beside those of held-out images (neighbours.json, neighbours.npz)."
+        ),
+    )
+
+    class Runtime(runtime_config(experiment)):
+        """How this run is done; what decides the result is changed in the experiment."""
+
+    @dg.multi_asset(name="neighbours", specs=[spec], pool=POOL)
+    def neighbours(context: dg.AssetExecutionContext, config: Runtime, artifacts: ArtifactRoot) -> dg.MaterializeResult:
+        from nestdiff_core import stages
+        from nestdiff_core.devices import choose_device
+        from nestdiff_core.evaluation.neighbours import neighbour_table, verdicts
+
+        x = artifacts.experiment(experiment)
+        with refusals():
+            artifact = stages.neighbours(x, device=choose_device(config.device), progress=log_progress(context))
+            drawn = stages.neighbour_pictures(x)
+        return result(
+            artifact,
+            spec.key,
+            verdict="\n".join(verdicts(artifact.info)),
+            numbers=table(neighbour_table(artifact.info)),
+            **{f"neighbours_{name}": picture(png) for name, png in drawn.items()},
+            **{f"copies_{name}": found["copies"]["samples"] for name, found in artifact.info["spaces"].items()},
+        )
+
+    return neighbours
+
+
 def build_ladder(experiment: ExperimentConfig) -> dg.AssetsDefinition:
     spec = asset_spec(
         experiment,

@@ -75,6 +75,8 @@ def _candidate(experiment: ExperimentConfig, sigma: float) -> dg.AssetsDefinitio
         with refusals():
             device, progress = choose_device(config.device), log_progress(context)
             stages.reference(x, device=device, progress=progress)
+            if variant.sampling.chosen_by == "sweep":
+                stages.sweep(x, device=device, progress=progress)
             samples = stages.samples(x, device=device, progress=progress)
             evaluation = stages.evaluation(x, device=device, progress=progress)
             pictures = grid(StoredSamples(samples.path / "samples.npz").read(0, SHOWN))

@@ -71,7 +71,8 @@ def _used(x: Experiment) -> Iterator[Path]:
     """Addresses of everything that the experiment has or has begun, its search's candidates included."""
     sigmas = x.config.search.sigmas if x.config.search.level else ()
     for y in (x, *(Experiment(candidate(x.config, sigma), x.root) for sigma in sigmas)):
-        for ref in (*y.refs(), Ref("watch")):
+        swept = (Ref("sweep"),) if y.config.sweep.anything else ()
+        for ref in (*y.refs(), *swept, Ref("watch")):
             with contextlib.suppress(IntegrityError):  # its inputs have not been made
                 yield y.path(ref)
 

@@ -126,19 +126,39 @@ def _judging_inputs(c: ExperimentConfig) -> tuple[Ref, ...]:
     return Ref("images"), *encoder, Ref("reference")
 
 
+def _cascade_config(c: ExperimentConfig) -> dict[str, Any]:
+    """How the cascade is sampled, whatever is made of it."""
+    knobs = ("noise_gamma", "num_evaluations", "sampled_decay")
+    own = [{k: v for k, v in deciding(level).items() if k in knobs} for level in c.levels]
+    return {
+        "sampling": deciding(c.sampling),
+        "guidance": [[level.guidance, *level.guidance_interval] for level in c.levels],
+        **({"levels": own} if any(own) else {}),
+    }
+
+
+def _chosen(c: ExperimentConfig) -> tuple[Ref, ...]:
+    return (Ref("sweep"),) if c.sampling.chosen_by == "sweep" else ()
+
+
 def _ladder_config(c: ExperimentConfig, _: int) -> dict[str, Any]:
-    sampling = deciding(c.sampling)
+    cascade = _cascade_config(c)
     return {
         **deciding(c.ladder),
-        "sampling": {k: v for k, v in sampling.items() if k != "num_images"},
-        "guidance": [[level.guidance, *level.guidance_interval] for level in c.levels],
+        **cascade,
+        "sampling": {k: v for k, v in cascade["sampling"].items() if k != "num_images"},
         "num_neighbours": c.evaluation.num_neighbours,
     }
 
 
+def _ladder_inputs(c: ExperimentConfig, _: int) -> tuple[Ref, ...]:
+    return *_judging_inputs(c), *_trained_inputs(c), *_chosen(c)
+
+
 def _pictures_config(c: ExperimentConfig, _: int) -> dict[str, Any]:
-    sampling = {k: v for k, v in deciding(c.sampling).items() if k not in ("num_images", "batch_size", "compile")}
-    return {"sampling": sampling, "guidance": [[level.guidance, *level.guidance_interval] for level in c.levels]}
+    cascade = _cascade_config(c)
+    unread = ("num_images", "batch_size", "compile")
+    return {**cascade, "sampling": {k: v for k, v in cascade["sampling"].items() if k not in unread}}
 
 
 def _pictures_inputs(c: ExperimentConfig, level: int) -> tuple[Ref, ...]:
@@ -151,19 +171,32 @@ def _watch_config(c: ExperimentConfig, level: int) -> dict[str, Any]:
 
 
 def _watch_inputs(c: ExperimentConfig, level: int) -> tuple[Ref, ...]:
-    """Of the ladder's all but the denoisers, whose weights are what is watched."""
-    return tuple(ref for ref in _ladder_inputs(c, level) if ref.stage != "denoiser")
+    """Of the ladder's all but the denoisers, whose weights are what is watched, and what only follows from them."""
+    return tuple(ref for ref in _ladder_inputs(c, level) if ref.stage not in ("denoiser", "sweep"))
 
 
-def _ladder_inputs(c: ExperimentConfig, _: int) -> tuple[Ref, ...]:
+def _sweep_config(c: ExperimentConfig, _: int) -> dict[str, Any]:
+    cascade, evaluation = _cascade_config(c), deciding(c.evaluation)
+    unread, judging = ("num_images", "chosen_by"), ("extractors", "inception_weights", "judges", "num_neighbours")
+    return {
+        **cascade,
+        "sampling": {k: v for k, v in cascade["sampling"].items() if k not in unread},
+        "evaluation": {k: v for k, v in evaluation.items() if k in (*judging, "reference")},
+        "sweep": deciding(c.sweep),
+    }
+
+
+def _trained_inputs(c: ExperimentConfig) -> tuple[Ref, ...]:
+    """Denoisers and the latents and captions that they were trained on."""
     text = (Ref("text"),) if c.conditioning.labels == "text" else ()
     numbers = [level.level for level in c.levels]
-    return (
-        *_judging_inputs(c),
-        *text,
-        *(Ref("latents", m) for m in numbers),
-        *(Ref("denoiser", m) for m in numbers),
-    )
+    return *text, *(Ref("latents", m) for m in numbers), *(Ref("denoiser", m) for m in numbers)
+
+
+def _neighbours_inputs(c: ExperimentConfig, _: int) -> tuple[Ref, ...]:
+    latents = (Ref("latents", level.level) for level in c.levels)
+    features = (Ref("features"),) if c.features.keep else ()
+    return Ref("images"), Ref("encoder"), *features, *latents, Ref("samples")
 
 
 STAGES: dict[str, Stage] = {
@@ -216,12 +249,10 @@ STAGES: dict[str, Stage] = {
         _denoiser_inputs,
         "train_level_{level}",
     ),
+    "sweep": Stage(_sweep_config, lambda c, _: (*_judging_inputs(c)[:-1], *_trained_inputs(c)), "sweep"),
     "samples": Stage(
-        lambda c, _: {
-            "sampling": deciding(c.sampling),
-            "guidance": [[level.guidance, *level.guidance_interval] for level in c.levels],
-        },
-        lambda c, _: tuple(Ref("denoiser", level.level) for level in c.levels),
+        lambda c, _: _cascade_config(c),
+        lambda c, _: (*(Ref("denoiser", level.level) for level in c.levels), *_chosen(c)),
         "evaluate",
     ),
     "reference": Stage(_reference_config, lambda c, _: _judging_inputs(c)[:-1], "evaluate"),
@@ -229,6 +260,9 @@ STAGES: dict[str, Stage] = {
         lambda c, _: deciding(c.evaluation), lambda c, _: (*_judging_inputs(c), Ref("samples")), "evaluate"
     ),
     "ladder": Stage(_ladder_config, _ladder_inputs, "evaluate"),
+    "neighbours": Stage(
+        lambda c, _: {**deciding(c.neighbours), "coverage": c.evaluation.num_neighbours}, _neighbours_inputs, "evaluate"
+    ),
     "pictures": Stage(_pictures_config, _pictures_inputs, "evaluate"),
     "watch": Stage(_watch_config, _watch_inputs, "watch"),
     # It shows what there is: what that was, it says itself (stages/report.py).
@@ -274,6 +308,8 @@ class Experiment:
         match ref:
             case ("design" | "watch", _):
                 return False  # a proposal, which nothing reads; a history, which never ends
+            case ("sweep", _):
+                return self.config.sampling.chosen_by == "sweep"
             case ("text", _):
                 return self.config.conditioning.labels == "text"
             case ("features", _):

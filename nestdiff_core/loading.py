@@ -24,12 +24,15 @@ from nestdiff_core.diffusion.cascade import micro_batches, sample_cascade
 from nestdiff_core.encoders.weights import weights_digest
 from nestdiff_core.errors import IntegrityError
 from nestdiff_core.evaluation.samples import to_uint8
+from nestdiff_core.evaluation.sweep import from_plain, with_settings
 from nestdiff_core.experiment import Experiment, Ref
+from nestdiff_core.files import read_json
 from nestdiff_core.images.index import ImageIndex
 from nestdiff_core.latents.basis import Basis
 from nestdiff_core.models.nested import NestedDenoiser, build_denoiser
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stores.reader import StoreReader
+from nestdiff_core.training.checkpoint import read_checkpoint
 from nestdiff_core.training.data import LatentBatches
 
 FEATURES = Ref("features")
@@ -38,6 +41,8 @@ LATENT = "z"  # the array of a latent store, whose level is another one in anoth
 TOKENS, EMPTY_CAPTION = "tokens", "empty_caption.safetensors"
 BASIS = "basis.safetensors"
 EMA = "ema.safetensors"
+CHECKPOINTS = "checkpoints"
+CHOSEN = "chosen.json"  # of a sweep
 
 
 def open_index(x: Experiment) -> ImageIndex:
@@ -59,8 +64,12 @@ class SplitImages:
         """A random subset, in order; everything when `num_images` is not smaller."""
         if num_images >= len(self):
             return self
+        return self.of(np.sort(np.random.default_rng(seed).permutation(self.rows)[:num_images]))
+
+    def of(self, rows: Int64[np.ndarray, " n"]) -> SplitImages:
+        """The images `rows` of the index, in that order."""
         chosen = copy.copy(self)
-        chosen.rows = np.sort(np.random.default_rng(seed).permutation(self.rows)[:num_images])
+        chosen.rows = rows
         return chosen
 
     def first(self, num_images: int) -> SplitImages:
@@ -172,45 +181,98 @@ def latent_batches(x: Experiment, level: int) -> LatentBatches:
     return LatentBatches(readers, index.labels if num_classes(x.config, index) else None, captions)
 
 
-def open_denoiser(x: Experiment, level: int, *, weights: Path | None = None, device: str = "cpu") -> NestedDenoiser:
-    """The trained denoiser of a level: its EMA weights, compared with their checksum, in eval mode.
+def open_denoiser(
+    x: Experiment, level: int, *, decay: float | None = None, weights: Path | None = None, device: str = "cpu"
+) -> NestedDenoiser:
+    """The trained denoiser of a level: an average of its weights, compared with their checksum, in eval mode.
 
-    weights: those of this file instead, of a checkpoint say.
+    decay: of the average, one of the level's `kept_decays`; by default `train.ema_decay`. 0 is the weights as training
+    left them, which are in its last checkpoint: IntegrityError on a machine that does not have it (unless 0 is one of
+    `train.more_ema_decays`). weights: those of this file instead, of a checkpoint say.
     """
-    if weights is None:
-        artifact = x.artifact(Ref("denoiser", level))
-        artifact.verify()
-        weights = artifact.path / EMA
+    weights = _weights(x, level, decay) if weights is None else weights
     model = build_denoiser(x.config, level, num_classes(x.config, open_index(x)))
-    model.load_state_dict(load_file(weights))
+    stored = load_file(weights)  # a checkpoint's further averages have their decay before the name
+    model.load_state_dict({name: value for name, value in stored.items() if " " not in name})
     return model.to(device).eval()
+
+
+def _weights(x: Experiment, level: int, decay: float | None) -> Path:
+    artifact, train = x.artifact(Ref("denoiser", level)), x.config.level(level).train
+    artifact.verify()
+    if decay is None or decay == train.ema_decay:
+        return artifact.path / EMA
+    if decay in train.more_ema_decays:
+        return artifact.path / average_file(decay)
+    return _last_checkpoint(artifact) / "model.safetensors"
+
+
+def average_file(decay: float) -> str:
+    """Where in a denoiser's artifact a further average of its weights is (`train.more_ema_decays`)."""
+    return f"ema_{decay}.safetensors"
+
+
+def _last_checkpoint(denoiser: Artifact) -> Path:
+    """The checkpoint that a denoiser was exported from, its files compared with their checksums."""
+    path = denoiser.path / CHECKPOINTS / f"step_{denoiser.info['step']:08d}"
+    if not path.is_dir():
+        raise IntegrityError(
+            "The weights as training left them are not on this machine",
+            stage="denoiser",
+            level=denoiser.level,
+            path=path,
+            fix="Copy the checkpoint from where it was trained, or sample an average of the weights instead.",
+        )
+    read_checkpoint(path, level=denoiser.level or 0, expected=denoiser.fingerprint)
+    return path
+
+
+def sampled_config(x: Experiment) -> ExperimentConfig:
+    """The configuration that is sampled with: the experiment's, or with what the stage `sweep` chose."""
+    if x.config.sampling.chosen_by == "config":
+        return x.config
+    chosen = read_json(x.artifact(Ref("sweep")).path / CHOSEN, stage="sweep")
+    return with_settings(x.config, from_plain(chosen))
 
 
 class Cascade:
     """The experiment's denoisers and what tells them what to make, opened once to sample from often.
 
-    levels: whose denoisers; all by default. denoisers: these by level instead. With `sampling.compile` each is compiled
-    whole, once for each shape of batch that it gets (guidance doubles it), at its first call.
+    config: the settings of sampling; by default `sampled_config`. levels: whose denoisers; all by default. denoisers:
+    these by level instead, sampled as `x.config` says. With `sampling.compile` each is compiled whole, once for each
+    shape of batch that it gets (guidance doubles it), at its first call.
     """
 
     def __init__(
         self,
         x: Experiment,
         *,
+        config: ExperimentConfig | None = None,
         levels: Iterable[int] | None = None,
         denoisers: Mapping[int, NestedDenoiser] | None = None,
         device: str = "cpu",
     ) -> None:
         self.x, self.device, self._index = x, device, open_index(x)
+        if config is None:
+            config = sampled_config(x) if denoisers is None else x.config
+        self.config = config
         chosen = range(1, x.config.num_levels + 1) if levels is None else levels
         if denoisers is None:
-            denoisers = {level: open_denoiser(x, level, device=device) for level in chosen}
+            denoisers = {
+                level: open_denoiser(x, level, decay=self.config.level(level).decay, device=device) for level in chosen
+            }
         self.denoisers = dict(denoisers)
         if x.config.sampling.compile:
             # All levels share one function, which is compiled for each of them: by default eight times at most.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(self.denoisers))
             for denoiser in self.denoisers.values():
                 denoiser.forward = torch.compile(denoiser.forward, dynamic=False, fullgraph=True)
+
+    def under(self, config: ExperimentConfig) -> Cascade:
+        """The same denoisers, of the same averages of their weights, sampled with other settings."""
+        other = copy.copy(self)
+        other.config = config
+        return other
 
     @cached_property
     def autoencoder(self) -> Autoencoder:
@@ -232,7 +294,7 @@ class Cascade:
         indices = list(image_indices)
         return sample_cascade(
             self.denoisers,
-            self.x.config,
+            self.config,
             image_indices=indices,
             seed=seed,
             labels=self._labels(indices) if rows is None else self._labels_of(rows),

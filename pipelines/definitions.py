@@ -8,7 +8,7 @@ import signal
 
 import dagster as dg
 
-from assets import checks, denoisers, encoder, evaluation, features, hierarchy, images, pages, search, watch
+from assets import checks, denoisers, encoder, evaluation, features, hierarchy, images, pages, search, sweep, watch
 from assets.resources import ArtifactRoot, Launcher
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.recipes import load_experiment
@@ -35,6 +35,8 @@ def build_definitions(config: ExperimentConfig) -> dg.Definitions:
             evaluation.build_samples(config),
             evaluation.build_evaluation(config),
             evaluation.build_ladder(config),
+            evaluation.build_neighbours(config),
+            *sweep.build(config),
             pages.build_pictures(config),
             watch.build(config),
             pages.build_report(config),

@@ -11,7 +11,8 @@ from pipelines.recover import noted
 
 ENCODE = ("images", "encoder", "features", "crops", "text")
 BUILD = (*ENCODE, "svd_basis", "latents")
-JUDGE = ("reference", "samples", "evaluation", "ladder", "pictures", "report")
+# A sweep only where samples are made with what it chooses.
+JUDGE = ("sweep", "reference", "samples", "evaluation", "ladder", "neighbours", "pictures", "report")
 
 
 def build_jobs(config: ExperimentConfig) -> dict[str, UnresolvedAssetJobDefinition]:
@@ -56,6 +57,9 @@ def build_jobs(config: ExperimentConfig) -> dict[str, UnresolvedAssetJobDefiniti
             [*keys("reference"), asset_key(config, Ref("watch")), *keys("report")],
         ),
     ]
+    if config.sweep.anything:
+        swept = [asset_key(config, Ref("sweep"))]
+        jobs.append(job("sweep", "Find how the trained cascade is best sampled, without training anything.", swept))
     if level := config.search.level:
         jobs.append(
             job(

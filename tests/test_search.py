@@ -30,7 +30,7 @@ def test_only_readers_of_the_level_are_trained(conditioning: str, trained: tuple
     for ref in one.refs():
         differs = one.config_hash(ref) != other.config_hash(ref)
         assert differs == (
-            ref.stage in ("samples", "evaluation", "ladder", "pictures", "report")
+            ref.stage in ("samples", "evaluation", "ladder", "neighbours", "pictures", "report")
             or (ref.stage == "denoiser" and ref.level in trained)
         )
 

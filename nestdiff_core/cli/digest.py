@@ -85,8 +85,8 @@ def _hash_content(ref: Ref, artifact: Artifact) -> str:
             return _hash_plain(
                 {"metrics": {name: n["value"] for name, n in record["metrics"].items()}, "probe": record["probe"]}
             )
-        case "ladder":
-            return _hash_plain(json.loads((path / "ladder.json").read_text()))
+        case "ladder" | "sweep" | "neighbours":
+            return _hash_plain(json.loads((path / f"{ref.stage}.json").read_text()))
         case "pictures" | "report":
             return artifact.digest
     raise AssertionError(f"no digest is defined for stage {ref.stage}")
@@ -110,7 +110,7 @@ def _hash_store(artifact: Artifact) -> str:
 
 
 def _denoiser(name: str, path: Path | None) -> dict[str, str | None]:
-    """Digests of the newest checkpoint's full state and of the exported EMA."""
+    """Digests of the newest checkpoint's full state and of the exported averages."""
     if path is None:
         return {f"{name}_{part}": None for part in ("model", "ema", "optimizer", "losses")}
     from nestdiff_core.training.report import MEASURED
@@ -118,7 +118,9 @@ def _denoiser(name: str, path: Path | None) -> dict[str, str | None]:
     newest = sorted((path / "checkpoints").glob("step_*"))[-1]
     history = json.loads((newest / "state.json").read_text())["history"]
     losses = [{k: v for k, v in line.items() if k not in MEASURED} for line in history]
-    return {
+    averages = sorted(path.glob("ema_*.safetensors"))
+    more: dict[str, str | None] = {f"{name}_{file.stem}": _hash_tensors(file) for file in averages}
+    return more | {
         f"{name}_model": _hash_tensors(newest / "model.safetensors"),
         f"{name}_ema": _hash_tensors(path / "ema.safetensors"),
         f"{name}_optimizer": _hash_tensors(newest / "optimizer.safetensors"),

@@ -38,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     totals, printed = total_row(levels), paper_table(experiment.config)
     if arguments.json:
         plain = {"levels": levels, "total": totals, "paper": printed, "stages": stages, "numbers": numbers}
-        plain["ladder"] = found.info if (found := experiment.find(Ref("ladder"))) else None
+        for stage in ("sweep", "ladder", "neighbours"):
+            plain[stage] = found.info if (found := experiment.find(Ref(stage))) else None
         print(json.dumps(_finite({**plain, "config": to_dict(experiment.config)}), indent=1))
         return 0
     print(
@@ -56,6 +57,16 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"\noracle ladder, {record['num_images']:,} images to a rung")
         print(format_table(ladder.ladder_table(record)), *ladder.verdicts(record), sep="\n")
         print("\n" + format_table(ladder.level_table(record)))
+    if found := experiment.find(Ref("neighbours")):
+        from nestdiff_core.evaluation import neighbours
+
+        print("\nnearest training images of the samples")
+        print(format_table(neighbours.neighbour_table(found.info)), *neighbours.verdicts(found.info), sep="\n")
+    if experiment.config.sweep.anything and (found := experiment.find(Ref("sweep"))):
+        from nestdiff_core.evaluation import sweep
+
+        print("\nsweep: settings of the whole cascade, by their images")
+        print(format_table(sweep.short_table(found.info)), sweep.verdict(found.info), sep="\n")
     if samples := experiment.find(Ref("samples")):
         print(f"\nsamples: {samples.path / 'samples.npz'}")
     if report := experiment.find(Ref("report")):

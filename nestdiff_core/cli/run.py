@@ -1,8 +1,9 @@
 """Run the pipeline, or some of its stages. What is there already is checked and kept.
 
 Stages: images, encoder, features, crops (for levels cut from crops), text (for captions), bases, latents, train,
-reference, samples, evaluation, ladder, pictures, report; all that the experiment has by default. And watch, when asked
-for: numbers of the newest weights, while levels train.
+sweep (where sampling.chosen_by asks for it, or it is named), reference, samples, evaluation, ladder, neighbours,
+pictures, report; all that the experiment has by default. And watch, when asked for: numbers of the newest weights,
+while levels train.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ STAGES = (
     "bases",
     "latents",
     "train",
+    "sweep",
     "reference",
     "samples",
     "evaluation",
     "ladder",
+    "neighbours",
     "pictures",
     "report",
 )
@@ -63,7 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     from nestdiff_core.devices import choose_device
 
     device = choose_device(arguments.device or experiment.config.runtime.device)
-    optional = {"features", "crops", "text"} - {ref.stage for ref in experiment.refs()}
+    optional = {"features", "crops", "text", "sweep"} - {ref.stage for ref in experiment.refs()}
+    optional -= {"sweep"} & set(arguments.stage or ())
     for stage in arguments.stage or STAGES:
         if stage in optional:
             continue

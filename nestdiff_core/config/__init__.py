@@ -18,8 +18,10 @@ from nestdiff_core.config.judging import (
     EvaluationConfig,
     JudgeConfig,
     LadderConfig,
+    NeighboursConfig,
     SamplingConfig,
     SearchConfig,
+    SweepConfig,
     WatchConfig,
 )
 from nestdiff_core.config.knobs import knob
@@ -46,9 +48,11 @@ __all__ = [
     "LadderConfig",
     "LevelConfig",
     "MoCoConfig",
+    "NeighboursConfig",
     "RuntimeConfig",
     "SamplingConfig",
     "SearchConfig",
+    "SweepConfig",
     "TextConfig",
     "TrainConfig",
     "UViTConfig",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from nestdiff_core.config.data import AutoencoderConfig, EncoderConfig, FeaturesConfig, ImagesConfig
@@ -10,8 +10,10 @@ from nestdiff_core.config.judging import (
     DesignConfig,
     EvaluationConfig,
     LadderConfig,
+    NeighboursConfig,
     SamplingConfig,
     SearchConfig,
+    SweepConfig,
     WatchConfig,
 )
 from nestdiff_core.config.knobs import knob, require
@@ -64,6 +66,8 @@ class ExperimentConfig:
     evaluation: EvaluationConfig = knob(EvaluationConfig(), "The numbers.")
     ladder: LadderConfig = knob(LadderConfig(), "Which level loses the quality.")
     watch: WatchConfig = knob(WatchConfig(), "Numbers of the newest weights, while levels train.")
+    neighbours: NeighboursConfig = knob(NeighboursConfig(), "Whether samples are copies.")
+    sweep: SweepConfig = knob(SweepConfig(), "A search for how to sample, without training.")
     search: SearchConfig = knob(SearchConfig(), "A search for one level's condition noise.")
     design: DesignConfig = knob(DesignConfig(), "What `design` proposes levels for.")
     runtime: RuntimeConfig = knob(RuntimeConfig(), "How work is run; in no fingerprint.")
@@ -100,6 +104,7 @@ class ExperimentConfig:
         )
         if self.search.level:
             self.require_search()
+        self._check_sweep()
         if self.conditioning.labels == "class":
             require(
                 self.images.labels, "conditioning.labels", "images.labels: true when it is `class`", self.images.labels
@@ -117,6 +122,24 @@ class ExperimentConfig:
                 "images.labels: true and evaluation.reference: train when the probe is on",
                 {"images.labels": self.images.labels, "evaluation.reference": self.evaluation.reference},
             )
+
+    def _check_sweep(self) -> None:
+        require(
+            self.sampling.chosen_by == "config" or self.sweep.anything,
+            "sampling.chosen_by",
+            "config, unless something is swept (sweep.guidance, noise_gammas, num_evaluations or decays)",
+            self.sampling.chosen_by,
+        )
+        if any(self.sweep.guidance):
+            for level in self.levels:
+                self._check_guidance(replace(level, guidance=max(self.sweep.guidance)))
+        names = ["fid" if name == "inception" else f"fd_{name}" for name in self.evaluation.spaces]
+        require(
+            not self.sweep.metric or self.sweep.metric in names,
+            "sweep.metric",
+            f"empty, or a Frechet distance of the evaluation: {names}",
+            self.sweep.metric,
+        )
 
     def _check_guidance(self, level: LevelConfig) -> None:
         """What guidance contrasts with must have been seen in training."""
@@ -237,6 +260,15 @@ class ExperimentConfig:
             number,
         )
         return self.levels[number - 1]
+
+    def num_evaluations(self, number: int) -> int:
+        """Network evaluations that sample level `number`."""
+        return self.level(number).num_evaluations or self.sampling.num_evaluations
+
+    def noise_gamma(self, number: int) -> float:
+        """gamma while level `number` is sampled."""
+        own = self.level(number).noise_gamma
+        return self.sampling.noise_gamma if own == -1 else own
 
     def latent_shape(self, number: int) -> tuple[int, int, int]:
         """(channels, height, width) of z_l."""

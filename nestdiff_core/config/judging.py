@@ -52,6 +52,12 @@ class SamplingConfig:
         "bits.",
         decides="if_changed",
     )
+    chosen_by: Literal["config", "sweep"] = knob(
+        "config",
+        "Whose guidance, gamma, evaluations and average of the weights are sampled with: this configuration's, or what "
+        "the stage `sweep` chose.",
+        decides="if_changed",
+    )
 
     def __post_init__(self) -> None:
         for name in ("num_evaluations", "num_images", "batch_size"):
@@ -148,6 +154,57 @@ class WatchConfig:
     def __post_init__(self) -> None:
         require(self.num_images >= 2, "watch.num_images", ">= 2", self.num_images)
         require(self.resamples >= 2, "watch.resamples", ">= 2", self.resamples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """What is tried to find how to sample, without training (evaluation/sweep.py). A list that is empty is not swept;
+    the configured setting is always among those tried."""
+
+    guidance: tuple[float, ...] = knob((), "w of each level that is told something.")
+    noise_gammas: tuple[float, ...] = knob((), "gamma of each level whose conditions are noised; inf is no noise.")
+    num_evaluations: tuple[int, ...] = knob((), "Network evaluations of each level.")
+    decays: bool = knob(
+        False, "Whether the weights as training left them, and each average that it kept, are tried at each level."
+    )
+    num_images: int = knob(500, "Images that each setting generates.")
+    short_list: int = knob(4, "Settings of the whole cascade that are compared by their images.")
+    metric: str = knob(
+        "", "The number of their images that is to be small; empty: the Frechet distance of the first extractor."
+    )
+
+    def __post_init__(self) -> None:
+        require(self.num_images >= 4, "sweep.num_images", ">= 4", self.num_images)
+        require(self.short_list >= 2, "sweep.short_list", ">= 2", self.short_list)
+        for name, least in (("guidance", 0.0), ("noise_gammas", 0.0), ("num_evaluations", 1)):
+            values = getattr(self, name)
+            require(
+                len(set(values)) == len(values) and all(value >= least for value in values),
+                f"sweep.{name}",
+                f"different numbers >= {least:g}",
+                values,
+            )
+
+    @property
+    def anything(self) -> bool:
+        """Whether there is something to try."""
+        return bool(self.guidance or self.noise_gammas or self.num_evaluations or self.decays)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeighboursConfig:
+    """Whether samples are copies (evaluation/neighbours.py)."""
+
+    num_images: int = knob(1_000, "Samples, and held-out images, whose nearest training images are sought, at most.")
+    quantile: float = knob(
+        0.05, "A sample counts as a copy where it is nearer than this share of held-out images, in two respects."
+    )
+    num_shown: int = knob(8, "Nearest training images that are kept, and shown, of each sample.")
+
+    def __post_init__(self) -> None:
+        require(self.num_images >= 2, "neighbours.num_images", ">= 2", self.num_images)
+        require(0 < self.quantile < 0.5, "neighbours.quantile", "between 0 and 0.5", self.quantile)
+        require(self.num_shown >= 2, "neighbours.num_shown", ">= 2", self.num_shown)
 
 
 @dataclass(frozen=True, kw_only=True)

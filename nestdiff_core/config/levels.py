@@ -55,6 +55,12 @@ class TrainConfig:
     beta2: float = knob(0.9, "AdamW beta 2.")
     warmup_steps: int = knob(5_000, "Linear warm-up steps.")
     ema_decay: float = knob(0.9999, "Decay of the exponential moving average of the weights, which is what samples.")
+    more_ema_decays: tuple[float, ...] = knob(
+        (),
+        "Decays of further averages of the weights, which are kept in training and exported beside that one for "
+        "levels.sampled_decay and sweeps; each takes the memory of the weights.",
+        decides="if_changed",
+    )
     grad_clip: float = knob(0.0, "Largest gradient norm; 0 turns clipping off, as published.")
     max_loss: float = knob(
         1000.0,
@@ -128,6 +134,13 @@ class TrainConfig:
             require(0.0 <= getattr(self, name) < 1.0, f"levels.train.{name}", "in [0, 1)", getattr(self, name))
         for name in ("ema_decay", "condition_drop"):
             require(0.0 <= getattr(self, name) <= 1.0, f"levels.train.{name}", "in [0, 1]", getattr(self, name))
+        more = self.more_ema_decays
+        require(
+            len({*more, self.ema_decay}) == len(more) + 1 and all(0.0 <= decay <= 1.0 for decay in more),
+            "levels.train.more_ema_decays",
+            f"different numbers in [0, 1], others than ema_decay = {self.ema_decay}",
+            more,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +163,18 @@ class LevelConfig:
     guidance_interval: tuple[float, ...] = knob(
         (0.0, 1.0), "First and last time t at which guidance is on; 0 is data, 1 is noise."
     )
+    noise_gamma: float = knob(
+        -1.0, "gamma while this level is sampled; -1: that of sampling.noise_gamma.", decides="if_changed"
+    )
+    num_evaluations: int = knob(
+        0, "Network evaluations that sample this level; 0: as many as sampling.num_evaluations.", decides="if_changed"
+    )
+    sampled_decay: float = knob(
+        -1.0,
+        "Which weights sample this level, by the decay of their average: one of train.more_ema_decays, or 0 for the "
+        "weights as training left them; -1: train.ema_decay.",
+        decides="if_changed",
+    )
     model: UViTConfig = knob(UViTConfig(), "Shape of the denoiser.")
     train: TrainConfig = knob(TrainConfig(), "Training of the denoiser.")
 
@@ -165,9 +190,34 @@ class LevelConfig:
             interval,
             level=self.level,
         )
+        require(
+            self.noise_gamma >= 0 or self.noise_gamma == -1,
+            "levels.noise_gamma",
+            ">= 0, or -1 for sampling.noise_gamma",
+            self.noise_gamma,
+            level=self.level,
+        )
+        require(self.num_evaluations >= 0, "levels.num_evaluations", ">= 0", self.num_evaluations, level=self.level)
+        require(
+            self.sampled_decay in (-1.0, *self.kept_decays),
+            "levels.sampled_decay",
+            f"-1, or the decay of one of the averages that training keeps, {self.kept_decays}",
+            self.sampled_decay,
+            level=self.level,
+        )
         if self.level > 1:
             require(self.grid >= 1, "levels.grid", ">= 1", self.grid, level=self.level)
             require(self.channels >= 1, "levels.channels", ">= 1", self.channels, level=self.level)
+
+    @property
+    def kept_decays(self) -> tuple[float, ...]:
+        """The weights that training leaves to choose from: as they are (0), and each average, by its decay."""
+        return tuple(sorted({0.0, self.train.ema_decay, *self.train.more_ema_decays}))
+
+    @property
+    def decay(self) -> float:
+        """Decay of the average of the weights that samples; 0 is the weights themselves."""
+        return self.train.ema_decay if self.sampled_decay == -1 else self.sampled_decay
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -161,10 +161,10 @@ class _LevelSampler:
     ) -> None:
         self.config, self.denoisers, self.seed, self.null_conditions = config, denoisers, seed, null_conditions
         self.schedule = make_schedule(config.diffusion)
-        sampling = config.sampling
-        self.times = time_grid(
-            self.schedule, sampling.num_evaluations, sampling.spacing, to_zero=sampling.sampler != "dpm_solver"
-        )
+
+    def _times(self, level: int) -> Tensor:
+        sampling, count = self.config.sampling, self.config.num_evaluations(level)
+        return time_grid(self.schedule, count, sampling.spacing, to_zero=sampling.sampler != "dpm_solver")
 
     def sample(self, level: int, latents: Mapping[int, Tensor], labels: Tensor | None, batch: MicroBatch) -> Tensor:
         model = self._model(level, batch)
@@ -174,16 +174,16 @@ class _LevelSampler:
             output = model(z_t, t, conditions(t), labels)
             return to_z_hat(output.to(z_t.dtype), z_t, t, self.schedule, self.config.diffusion.prediction)
 
-        noise = self._noise(level, level, batch)
+        noise, times = self._noise(level, level, batch), self._times(level)
         match self.config.sampling.sampler:
             case "dpm_solver_pp":
-                return sample_dpm_solver_pp(z_hat, noise(), self.times, self.schedule)
+                return sample_dpm_solver_pp(z_hat, noise(), times, self.schedule)
             case "dpm_solver":
-                return sample_dpm_solver(z_hat, noise(), self.times, self.schedule)
+                return sample_dpm_solver(z_hat, noise(), times, self.schedule)
             case "ddim":
-                return sample_ddim(z_hat, noise(), self.times, self.schedule)
+                return sample_ddim(z_hat, noise(), times, self.schedule)
             case "ddpm":
-                return sample_ddpm(z_hat, noise(), self.times, self.schedule, noise)
+                return sample_ddpm(z_hat, noise(), times, self.schedule, noise)
 
     def _noise(self, level: int, m: int, batch: MicroBatch) -> Callable[[], Tensor]:
         """The next standard normal numbers in the shape of z_m, of the images' streams while `level` is sampled."""
@@ -222,7 +222,8 @@ class _LevelSampler:
         eta is drawn anew at every call, or once for all calls, which is then what the first call would have drawn.
         """
         sampling = self.config.sampling
-        gamma, quiet = sampling.noise_gamma, self.null_conditions or math.isinf(sampling.noise_gamma)
+        gamma = self.config.noise_gamma(level)
+        quiet = self.null_conditions or math.isinf(gamma)
         power = {"variance": gamma / 2.0, "deviation": gamma}[sampling.noise_decay]
         above = {m: latents[m] for m in self.config.levels_above(level)}
         sigma = {m: self.config.level(m).condition_noise for m in above}

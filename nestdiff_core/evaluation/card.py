@@ -25,16 +25,16 @@ class SampleOrigin:
     label_sampling: str  # "none", or how class labels were drawn
     sampler: str
     spacing: str  # of the sampling times
-    num_evaluations: int  # per level
+    num_evaluations: dict[int, int]
     precision: str  # of the denoisers
-    noise_gamma: float
+    noise_gamma: dict[int, float]
     noise_decay: str
     noise_draw: str
     null_branch: str  # what guidance contrasts with
     guidance: dict[int, float]
     guidance_interval: dict[int, tuple[float, ...]]
     condition_noise: dict[int, float]
-    ema_decay: dict[int, float]
+    ema_decay: dict[int, float]  # of the average of the weights that sampled; 0 is the weights themselves
     checkpoints: dict[int, str]
     rounding: str = ROUNDING
 
@@ -42,23 +42,23 @@ class SampleOrigin:
     def of(
         cls, config: ExperimentConfig, checkpoints: Mapping[int, str], *, label_sampling: str = "none"
     ) -> SampleOrigin:
-        """The origin of the samples that `config` describes, made with these checkpoints."""
-        sampling = config.sampling
+        """The origin of the samples that `config` (loading.sampled_config) describes, made with these checkpoints."""
+        sampling, numbers = config.sampling, [level.level for level in config.levels]
         return cls(
             seed=sampling.seed,
             label_sampling=label_sampling,
             sampler=sampling.sampler,
             spacing=sampling.spacing,
-            num_evaluations=sampling.num_evaluations,
+            num_evaluations={level: config.num_evaluations(level) for level in numbers},
             precision=sampling.precision,
-            noise_gamma=sampling.noise_gamma,
+            noise_gamma={level: config.noise_gamma(level) for level in numbers},
             noise_decay=sampling.noise_decay,
             noise_draw=sampling.noise_draw,
             null_branch=sampling.null_branch,
             guidance={level.level: level.guidance for level in config.levels},
             guidance_interval={level.level: level.guidance_interval for level in config.levels},
             condition_noise={level.level: level.condition_noise for level in config.levels},
-            ema_decay={level.level: level.train.ema_decay for level in config.levels},
+            ema_decay={level.level: level.decay for level in config.levels},
             checkpoints=dict(checkpoints),
         )
 
@@ -94,8 +94,9 @@ class MetricCard:
         if data["origin"] is None:
             return cls(**data)
         origin = dict(data["origin"])
-        for name in ("guidance", "guidance_interval", "condition_noise", "ema_decay", "checkpoints"):
-            origin[name] = {int(level): value for level, value in origin[name].items()}
+        for name, by_level in origin.items():
+            if isinstance(by_level, dict):
+                origin[name] = {int(level): value for level, value in by_level.items()}
         origin["guidance_interval"] = {level: tuple(ends) for level, ends in origin["guidance_interval"].items()}
         return cls(**{**data, "origin": SampleOrigin(**origin)})
 

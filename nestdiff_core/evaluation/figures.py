@@ -292,6 +292,75 @@ def ladder_plot(distances: Mapping[int, float], *, title: str, xlabel: str, floo
     return _png(figure)
 
 
+def pareto_plot(
+    costs: Sequence[float],
+    losses: Sequence[float],
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    front: Sequence[int] = (),
+    marked: Mapping[str, int] | None = None,
+    noise: float = 0.0,
+    colour: str = COLOURS[0],
+) -> bytes:
+    """A point for each setting, a line through those of `front`, rings with a name around those `marked`.
+
+    noise: the band of losses up to twice that above the smallest is shaded.
+    """
+    figure, axes = _panel(title, xlabel, ylabel, height=330)
+    if noise:
+        axes.axhspan(min(losses), min(losses) + 2 * noise, color=LINES, zorder=0, linewidth=0)
+    axes.scatter(costs, losses, s=26, color=colour, alpha=0.45, linewidths=0)
+    axes.plot([costs[i] for i in front], [losses[i] for i in front], color=colour, linewidth=1.6)
+    names: dict[int, list[str]] = {}
+    for name, i in (marked or {}).items():
+        names.setdefault(i, []).append(name)
+    for place, (i, said) in enumerate(sorted(names.items(), key=lambda item: losses[item[0]])):
+        axes.scatter([costs[i]], [losses[i]], s=80, facecolors="none", edgecolors=INK, linewidths=1.3)
+        right = costs[i] > (min(costs) + max(costs)) / 2
+        axes.annotate(
+            ", ".join(said),
+            (costs[i], losses[i]),
+            xytext=(-8 if right else 8, 8 + 12 * place),  # one above the other: they may mark the same place
+            textcoords="offset points",
+            ha="right" if right else "left",
+            color=INK,
+            fontsize=9,
+        )
+    axes.margins(0.06, 0.12)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    return _png(figure)
+
+
+def neighbour_grid(
+    rows: Sequence[tuple[str, UInt8[np.ndarray, "k H W C"]]], *, title: str, xlabel: str = "", gap: float = 0.35
+) -> bytes:
+    """A labelled row for each query: the query, a gap (in images), and its neighbours. All images have one shape."""
+    height, width = rows[0][1].shape[1:3]
+    scale = max(1, round(44 / height))  # pixels that a pixel of a small image becomes
+    tile = max(height * scale, 1), max(width * scale, 1)
+    columns, space = max(len(images) for _, images in rows), round(gap * tile[1])
+    canvas = np.full((len(rows) * (tile[0] + 2) - 2, columns * (tile[1] + 2) + space - 2, 3), 255, np.uint8)
+    for place, (_, images) in enumerate(rows):
+        for i, image in enumerate(images):
+            x, y = i * (tile[1] + 2) + (space if i else 0), place * (tile[0] + 2)
+            picture = np.repeat(np.repeat(image, scale, axis=0), scale, axis=1)
+            canvas[y : y + tile[0], x : x + tile[1]] = picture  # grey ones in all three channels
+    room = (WIDTH - 150) * canvas.shape[0] / canvas.shape[1]
+    figure, axes = _panel(title, xlabel, "", height=round(75 + room))
+    axes.imshow(canvas, interpolation="antialiased", aspect="equal")
+    axes.set_xticks([])
+    axes.set_yticks([(place + 0.5) * (tile[0] + 2) for place in range(len(rows))], [label for label, _ in rows])
+    axes.tick_params(axis="y", labelcolor=INK)
+    axes.grid(False)
+    axes.spines["bottom"].set_visible(False)
+    png = _png(figure)
+    if len(png) <= LARGE:
+        return png
+    return _bytes(Image.open(io.BytesIO(png)).convert("RGB"), "JPEG", quality=90)
+
+
 # --- house style --------------------------------------------------------------------------------------------------
 
 

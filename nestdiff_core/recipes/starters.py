@@ -14,6 +14,7 @@ from nestdiff_core.config import (
     LevelConfig,
     MoCoConfig,
     SamplingConfig,
+    SweepConfig,
     TrainConfig,
     UViTConfig,
     ViTConfig,
@@ -106,6 +107,12 @@ def digits() -> ExperimentConfig:
         ),
         sampling=SamplingConfig(num_evaluations=25, num_images=500),
         evaluation=EvaluationConfig(extractors=("encoder", "pixels"), probe=True),
+        sweep=SweepConfig(
+            guidance=(0.0, 0.5, 1.0),
+            noise_gammas=(0.0, float("inf")),
+            num_evaluations=(10, 25),
+            decays=True,
+        ),
     )
 
 

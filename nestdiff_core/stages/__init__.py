@@ -9,10 +9,12 @@ from nestdiff_core.stages.data import crops, encoder, features, images, text
 from nestdiff_core.stages.denoisers import CHECKPOINTS, train
 from nestdiff_core.stages.hierarchy import bases, design, latents, propose_levels
 from nestdiff_core.stages.ladder import ladder
+from nestdiff_core.stages.neighbours import neighbour_pictures, neighbours
 from nestdiff_core.stages.pictures import pictures
 from nestdiff_core.stages.reference import reference
 from nestdiff_core.stages.report import report
 from nestdiff_core.stages.sampling import evaluation, samples
+from nestdiff_core.stages.sweep import sweep
 from nestdiff_core.stages.watch import watch
 
 __all__ = [
@@ -26,11 +28,14 @@ __all__ = [
     "images",
     "ladder",
     "latents",
+    "neighbour_pictures",
+    "neighbours",
     "pictures",
     "propose_levels",
     "reference",
     "report",
     "samples",
+    "sweep",
     "text",
     "train",
     "watch",

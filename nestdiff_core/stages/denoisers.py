@@ -15,6 +15,7 @@ from nestdiff_core.artifacts import Artifact, ArtifactWriter, code_version
 from nestdiff_core.errors import IntegrityError
 from nestdiff_core.experiment import Experiment, Ref, differences
 from nestdiff_core.files import is_sealed, read_sealed_json, write_json
+from nestdiff_core.loading import CHECKPOINTS
 from nestdiff_core.models import count_macs, count_parameters
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stages.common import logger, reuse
@@ -25,7 +26,6 @@ from nestdiff_core.training.events import EventFiles
 from nestdiff_core.training.loop import Trainer, ignore
 from nestdiff_core.training.signals import stop_on_signals
 
-CHECKPOINTS = "checkpoints"
 EVENTS = "tensorboard"
 HISTORY = "history.json"
 TOLD = ("loss", "held_out_loss", "held_out_loss_without_conditions", "gradient_norm", "lr", "skipped_steps")
@@ -111,9 +111,11 @@ def _tell_of_other(x: Experiment, ref: Ref, checkpoint: Path, state: dict[str, A
 
 
 def _export(x: Experiment, trainer: Trainer, writer: ArtifactWriter) -> Artifact:
-    """What everyone else reads: the EMA weights, how to build the network, the history of the run."""
+    """What everyone else reads: the averages of the weights, how to build the network, the history of the run."""
     shapes = [list(shape) for _, shape in sorted(trainer.batches.shapes().items(), reverse=True)]
-    save_file({name: value.cpu().contiguous() for name, value in trainer.ema.items()}, writer.path / loading.EMA)
+    for decay, average in trainer.averages.items():
+        file = loading.EMA if average is trainer.ema else loading.average_file(decay)
+        save_file({name: value.cpu().contiguous() for name, value in average.items()}, writer.path / file)
     # Nothing here may depend on what else an experiment says: the denoiser is others' too, by its digest.
     architecture = {"level_config": writer.header["config"], "shapes": shapes}
     write_json(writer.path / "config.json", architecture)

@@ -111,8 +111,9 @@ def between(
 
 def _plain(x: Experiment, batch_size: int) -> Experiment:
     """The same denoisers, sampled as few at a time as a picture has, and not compiled for it."""
-    sampling = replace(x.config.sampling, batch_size=batch_size, compile=False)
-    return Experiment(replace(x.config, sampling=sampling), x.root)
+    config = loading.sampled_config(x)
+    sampling = replace(config.sampling, batch_size=batch_size, compile=False, chosen_by="config")
+    return Experiment(replace(config, sampling=sampling), x.root)
 
 
 def _images(

@@ -138,7 +138,7 @@ def evaluation(x: Experiment, *, device: str = "cpu", progress: Progress = silen
         "class": "image index modulo number of classes",
         "text": "first caption of the held-out image of this index, modulo their number",
     }[x.config.conditioning.labels]
-    origin = SampleOrigin.of(x.config, checkpoints, label_sampling=label_sampling)
+    origin = SampleOrigin.of(loading.sampled_config(x), checkpoints, label_sampling=label_sampling)
     with x.writing(ref) as writer:
         spaces = open_spaces(x, device=device)
         seconds = estimate_seconds(pictures, [space.extractor for space in spaces]) * (1 + len(others))

@@ -212,14 +212,17 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def restore(
     tensors: Mapping[str, Tensor], *, model: nn.Module, ema: dict[str, Tensor], optimizer: optim.Optimizer
 ) -> None:
-    """Load what `read_tensors` read into the three. Settings of the optimizer stay its own."""
+    """Load what `read_tensors` read into the three. Settings of the optimizer stay its own.
+
+    An average that the checkpoint does not have (another denoiser's, which is forked) begins with its weights.
+    """
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
     for key, value in tensors.items():
         part, name = key.split(" ", 1)
         parts[part][name] = value
     model.load_state_dict(parts["model"])
-    for name, value in parts["ema"].items():
-        ema[name].copy_(value)
+    for name, average in ema.items():
+        average.copy_(parts["ema"].get(name, parts["model"][name.split(" ")[-1]]))
     state: dict[int, dict[str, Any]] = {}
     for key, value in parts["optimizer"].items():
         index, name = key.split(".", 1)

@@ -101,7 +101,11 @@ class Trainer:
         if self.train.start_from:
             self.model.start_from(published_weights(Path(self.train.start_from).expanduser(), level=level))
         self.weights = {name: value.detach() for name, value in self.model.state_dict().items()}
-        self.ema = {name: value.clone() for name, value in self.weights.items()}
+        self.averages = {
+            decay: {name: value.clone() for name, value in self.weights.items()}
+            for decay in (self.train.ema_decay, *self.train.more_ema_decays)
+        }
+        self.ema = self.averages[self.train.ema_decay]
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=self.train.lr,
@@ -158,7 +162,7 @@ class Trainer:
         with group.together():
             tensors = read_tensors(path) if path is not None and source == self.rank else {}
         tensors = group.tensors_of(source, tensors, self.device)
-        restore(tensors, model=self.model, ema=self.ema, optimizer=self.optimizer)
+        restore(tensors, model=self.model, ema=self._named_averages(), optimizer=self.optimizer)
         self.step, self.skipped, self.history = state["step"], state.get("skipped", 0), state["history"]
         self.window = Window.restored(state.get("window", {}))
 
@@ -289,8 +293,14 @@ class Trainer:
 
     @torch.no_grad()
     def _update_ema(self) -> None:
-        averages, weights = list(self.ema.values()), list(self.weights.values())
-        torch._foreach_lerp_(averages, weights, 1.0 - self.train.ema_decay)  # pyright: ignore[reportPrivateImportUsage]
+        weights = list(self.weights.values())
+        for decay, averages in self.averages.items():
+            torch._foreach_lerp_(list(averages.values()), weights, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
+
+    def _named_averages(self) -> dict[str, Tensor]:
+        """The tensors of all averages, as a checkpoint names them: those of the further ones begin with their decay."""
+        more = {decay: self.averages[decay] for decay in self.train.more_ema_decays}
+        return self.ema | {f"{decay} {name}": value for decay, own in more.items() for name, value in own.items()}
 
     def _draw(self, seed: int, step: int, batch_size: int, condition_drop: float) -> Draws:
         return draw(
@@ -346,7 +356,7 @@ class Trainer:
             self.checkpoints.save(
                 step=self.step,
                 model=self.model,
-                ema=self.ema,
+                ema=self._named_averages(),
                 optimizer=self.optimizer,
                 record={**self.record, **told},
             )

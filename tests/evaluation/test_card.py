@@ -46,7 +46,8 @@ def another(value: Any) -> Any:
 def test_origin_reads_the_experiment() -> None:
     """Sampler, evaluations, seed, and guidance, noise and EMA of each level come from the configuration."""
     origin = SampleOrigin.of(CONFIG, {1: "one", 2: "two"}, label_sampling="uniform")
-    assert (origin.sampler, origin.num_evaluations, origin.seed, origin.noise_gamma) == ("ddim", 17, 5, 2.0)
+    assert (origin.sampler, origin.seed) == ("ddim", 5)
+    assert (origin.num_evaluations, origin.noise_gamma) == ({1: 17, 2: 17}, {1: 2.0, 2: 2.0})
     assert origin.guidance == {1: 0.5, 2: 0.0}
     assert origin.condition_noise == {1: 0.0, 2: 0.7}
     assert origin.ema_decay == {1: 0.9, 2: 0.9999}

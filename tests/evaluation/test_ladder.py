@@ -203,8 +203,8 @@ def test_a_broken_level_is_named(trained: Experiment, broken: int, monkeypatch: 
     """The ladder names the level whose denoiser's weights are shuffled."""
     opened = loading.open_denoiser
 
-    def broken_one(x: Experiment, level: int, *, device: str = "cpu") -> Any:
-        model = opened(x, level, device=device)
+    def broken_one(x: Experiment, level: int, **how: Any) -> Any:
+        model = opened(x, level, **how)
         if level == broken:
             model.load_state_dict({name: shuffled(values) for name, values in model.state_dict().items()})
         return model

@@ -24,7 +24,8 @@ from nestdiff_core.recipes import toy
 from pipelines.definitions import build_definitions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-JUDGED = {"samples", "evaluation", "ladder", "pictures", "report"}  # what every change of a denoiser makes stale
+# What every change of a denoiser makes stale.
+JUDGED = {"samples", "evaluation", "ladder", "neighbours", "pictures", "report"}
 
 
 def command(*arguments: str, root: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -307,9 +308,11 @@ def test_a_changed_source_is_noticed_loses_partitions_and_a_rechecked_one_makes_
         ("sampling.batch_size: 7", JUDGED - {"pictures"}),
         ("runtime.device: cpu", set()),
         ("levels.1.train.log_every: 7", set()),
-        ("sampling.num_images: 7", {"samples", "evaluation", "report"}),
+        ("sampling.num_images: 7", {"samples", "evaluation", "neighbours", "report"}),
         ("ladder.num_images: 7", {"ladder", "report"}),
-        ("evaluation.num_neighbours: 5", {"evaluation", "ladder", "report"}),
+        ("neighbours.quantile: 0.1", {"neighbours", "report"}),
+        ("sweep.guidance: [1.0]", {"report"}),
+        ("evaluation.num_neighbours: 5", {"evaluation", "ladder", "neighbours", "report"}),
     ],
 )
 def test_a_change_makes_stale_what_depends_on_it_and_nothing_else(tmp_path: Path, change: str, stale: set[str]) -> None:

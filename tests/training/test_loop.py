@@ -118,6 +118,48 @@ def test_resume_equals_an_uninterrupted_run(
     assert state_hash(second) == uninterrupted
 
 
+def test_further_averages_are_those_of_their_decay_and_resume_to_the_bit(
+    batches: LatentBatches, tmp_path: Path, uninterrupted: str
+) -> None:
+    """Decay d: a step's average is d times the last and 1 - d times the weights, 0 the weights themselves; stopping
+    anywhere changes no bit of them, and keeping them none of the rest."""
+    config = config_with(more_ema_decays=(0.5, 0.0))
+    whole = trainer(batches, tmp_path / "whole", config)
+    expected = {name: value.clone().double() for name, value in whole.weights.items()}
+    for until in range(1, 6):
+        whole.run(until_step=until)
+        for name, value in whole.weights.items():
+            expected[name] = 0.5 * expected[name] + 0.5 * value.double()
+    for name, value in whole.averages[0.5].items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-7)
+        assert torch.equal(whole.averages[0.0][name], whole.weights[name])
+    whole.run()
+    assert state_hash(whole) == uninterrupted
+    trainer(batches, tmp_path / "parts", config).run(until_step=7)
+    rest = trainer(batches, tmp_path / "parts", config)
+    rest.run()
+    for decay, averages in whole.averages.items():
+        assert all(torch.equal(value, rest.averages[decay][name]) for name, value in averages.items())
+
+
+def test_an_average_that_a_fork_does_not_find_begins_with_the_weights(batches: LatentBatches, tmp_path: Path) -> None:
+    """Others go on; those that the new denoiser does not keep are left behind."""
+    first = trainer(batches, tmp_path / "a", config_with(more_ema_decays=(0.5, 0.25)))
+    first.run(until_step=10)
+    source = str(list_checkpoints(tmp_path / "a")[-1])
+    fork = trainer(batches, tmp_path / "b", config_with(fork_from=source, more_ema_decays=(0.75, 0.5)))
+    for name, value in first.weights.items():
+        assert torch.equal(fork.averages[0.5][name], first.averages[0.5][name])
+        assert torch.equal(fork.averages[0.75][name], value)
+
+
+@pytest.mark.parametrize("decays", [(0.9,), (0.5, 0.5), (1.5,)])
+def test_an_average_is_kept_once(decays: tuple[float, ...]) -> None:
+    """No decay twice, nor that of `ema_decay` (0.9)."""
+    with pytest.raises(ConfigError, match="more_ema_decays"):
+        config_with(more_ema_decays=decays)
+
+
 def test_every_step_boundary_is_a_new_seed(batches: LatentBatches, tmp_path: Path) -> None:
     """Two steps never see the same noise, and the noise of a step does not depend on what came before."""
     t = trainer(batches, tmp_path)
