@@ -8,7 +8,7 @@ from assets.resources import ArtifactRoot
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.experiment import Experiment, Ref
 
-READ = ("denoiser", "samples", "evaluation", "ladder", "pictures", "watch")  # what a report is made after
+READ = ("denoiser", "samples", "evaluation", "ladder", "neighbours", "pictures", "watch")  # what a report is made after
 
 
 def build_pictures(experiment: ExperimentConfig) -> dg.AssetsDefinition:

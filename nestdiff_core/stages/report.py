@@ -1,8 +1,6 @@
 """The report: one page of everything that there is to see of an experiment, finished or not.
 
-A section for each kind of result; one that has not been made says which job makes it. What a stage leaves for readers
-in its info is shown as it is: `notes`, sentences; `figures`, each {file, caption}; `tables`, each {title, columns,
-rows}, the rows lists, since a manifest keeps no order of names.
+A section for each kind of result; one that has not been made says which job makes it.
 """
 
 from __future__ import annotations
@@ -30,25 +28,30 @@ from nestdiff_core.evaluation.figures import (
 )
 from nestdiff_core.evaluation.ladder import ladder_table, verdicts
 from nestdiff_core.evaluation.ladder import level_table as latent_table
+from nestdiff_core.evaluation.neighbours import neighbour_table
+from nestdiff_core.evaluation.neighbours import verdicts as copy_verdicts
 from nestdiff_core.evaluation.page import Figure, Rows, Section, flat, render
 from nestdiff_core.evaluation.samples import StoredSamples
+from nestdiff_core.evaluation.sweep import level_table as setting_table
+from nestdiff_core.evaluation.sweep import short_table, sweep_plots, verdict
 from nestdiff_core.experiment import STAGES, Experiment, Ref
 from nestdiff_core.files import write_bytes, write_json
 from nestdiff_core.newest import newest_weights
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stages.common import reuse
+from nestdiff_core.stages.neighbours import neighbour_pictures
 from nestdiff_core.stages.watch import IMAGES, MARGIN, best, from_the_top, history, is_worse
 
 PAGE = "report.html"
 PARTS = "parts.json"
 SHOWN = 48  # images of a sample set
 COUNTED = 500  # images of a power spectrum
-SMALL = 16  # pixels a side, below which images are enlarged smoothly
-GENERAL = {  # stages that are shown as they say themselves
-    "pictures": "What each level decides",
-    "sweep": "Sweeps",
-    "neighbours": "Nearest training images",
+SWEPT = {  # captions
+    "level": "Every setting of a level that was tried; the line: none is better at no higher cost.",
+    "images": "The short list, by images.",
+    "recall": "The short list, by images and by how much of the real ones they cover.",
 }
+SMALL = 16  # pixels a side, below which images are enlarged smoothly
 
 
 def report(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -> Artifact:
@@ -71,13 +74,14 @@ def page(x: Experiment, *, progress: Progress = silent) -> str:
     makers: list[Callable[[Experiment], Section]] = [
         _samples,
         _levels,
-        lambda x: _general(x, "pictures"),
+        _pictures,
         _ladder,
         _numbers,
         _losses,
         _watch,
         _spectra,
-        *((lambda x, stage=stage: _general(x, stage)) for stage in GENERAL if stage in STAGES and stage != "pictures"),
+        _sweep,
+        _neighbours,
         _origin,
     ]
     for done, make in enumerate(makers):
@@ -96,7 +100,7 @@ def page(x: Experiment, *, progress: Progress = silent) -> str:
 def _parts(x: Experiment) -> dict[str, str | None]:
     """What the page is of: digests of all that it shows, None for what has not been made."""
     shown = [ref for ref in x.refs() if ref.stage != "report"]
-    shown += [Ref(stage) for stage in ("watch", *GENERAL) if stage in STAGES and Ref(stage) not in shown]
+    shown += [Ref(stage) for stage in ("watch", "sweep") if Ref(stage) not in shown]
     parts = {str(ref): found.digest if (found := x.find(ref)) else None for ref in shown}
     for level in x.config.levels:
         weights = newest_weights(x, level.level)
@@ -199,20 +203,46 @@ def _levels(x: Experiment) -> Section:
     )
 
 
-def _general(x: Experiment, stage: str) -> Section:
-    """Whatever figures and tables a stage has left for readers."""
-    section, made = Section(GENERAL[stage]), x.find(Ref(stage))
+def _pictures(x: Experiment) -> Section:
+    section, made = Section("What each level decides"), x.find(Ref("pictures"))
     if made is None:
-        return replace(section, missing=_missing(stage))
-    info = made.info
+        return replace(section, missing=_missing("pictures"))
+    figures = [Figure(made.fetch(f["file"]).read_bytes(), f["caption"]) for f in made.info["figures"]]
+    return replace(section, figures=figures)
+
+
+def _sweep(x: Experiment) -> Section:
+    section, made = Section("Sweeps", abreast=2), x.find(Ref("sweep"))
+    if not x.config.sweep.anything:
+        return replace(section, missing="Nothing is swept: `sweep:` of the experiment says what is to be tried.")
+    if made is None:
+        return replace(section, missing=_missing("sweep"))
     return replace(
         section,
-        notes=info.get("notes", ()),
-        figures=[Figure(made.fetch(f["file"]).read_bytes(), f["caption"]) for f in info.get("figures", ())],
-        tables={
-            table["title"]: [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
-            for table in info.get("tables", ())
-        },
+        notes=[verdict(made.info)],
+        figures=[Figure(plot, SWEPT.get(name, SWEPT["level"])) for name, plot in sweep_plots(made.info).items()],
+        tables={"Settings of the whole cascade, compared by their images": short_table(made.info)},
+        folded={"Settings of each level, compared by its latents": setting_table(made.info)},
+    )
+
+
+def _neighbours(x: Experiment) -> Section:
+    section, made = Section("Nearest training images", abreast=2), x.find(Ref("neighbours"))
+    if made is None:
+        return replace(section, missing=_missing("neighbours"))
+    return replace(
+        section,
+        notes=copy_verdicts(made.info),
+        figures=[
+            Figure(
+                drawn,
+                "The same samples' neighbours, by the encoder and by the code."
+                if name == "encoder_and_z_1"
+                else f"Samples that look most like copies in {name}, and their nearest training images.",
+            )
+            for name, drawn in neighbour_pictures(x).items()
+        ],
+        tables={"Samples and held-out images against training images": neighbour_table(made.info)},
     )
 
 

@@ -189,3 +189,7 @@ def test_the_report_of_an_experiment_in_a_browser(browser: Browser, toy_run: Any
     check_page(browser, file, 390)
     titles = browser.value("[...document.querySelectorAll('h2')].map(h => h.textContent)")
     assert {"Samples", "Levels", "What each level decides", "Numbers", "Losses", "Spectra"} < set(titles)
+    assert (
+        browser.value("document.querySelector('#nearest-training-images').parentElement.querySelectorAll('img').length")
+        >= 4
+    )

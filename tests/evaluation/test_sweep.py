@@ -7,6 +7,7 @@ import io
 import math
 import shutil
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from nestdiff_core.evaluation.sweep import (
     passes,
     short_list,
     short_table,
+    sweep_plots,
     to_plain,
     verdict,
     with_settings,
@@ -382,3 +384,14 @@ def test_tables_begin_with_the_best_and_mark_it(swept: Experiment) -> None:
     assert rows[0][""].startswith("chosen") and rows[5][""].startswith("chosen")
     assert short_table(record)[0][""].startswith("chosen")
     assert sum("configured" in row[""] for row in short_table(record)) == 1
+
+
+def test_the_report_shows_the_sweep_or_how_to_make_one(swept: Experiment) -> None:
+    """With its verdict, both tables, a picture for each level and two for the images; without one, what is missing."""
+    page = importlib.import_module("nestdiff_core.stages.report").page
+    info = swept.artifact(Ref("sweep")).info
+    html = page(swept)
+    section = html[html.index('id="sweeps"') : html.index('id="nearest-training-images"')]
+    assert escape(verdict(info)) in section and section.count("<table") == 2
+    assert section.count("<img") == len(sweep_plots(info)) == swept.config.num_levels + 2
+    assert "Nothing is swept" in page(Experiment(toy(), swept.root))
