@@ -6,6 +6,7 @@ Every function raises IntegrityError when the artifact is missing, with the comm
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,7 @@ from nestdiff_core.files import read_json
 from nestdiff_core.images.index import ImageIndex
 from nestdiff_core.latents.basis import Basis
 from nestdiff_core.models.nested import NestedDenoiser, build_denoiser
+from nestdiff_core.precision import autocast
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stores.reader import StoreReader
 from nestdiff_core.training.checkpoint import read_checkpoint
@@ -304,6 +306,23 @@ class Cascade:
             device=torch.device(self.device),
             progress=progress,
         )
+
+    @torch.no_grad()
+    def estimate_seconds(self, num_images: int) -> float:
+        """What the networks will take to sample so many images, from one call of each on a full batch (after another,
+        which warms up, where it has to)."""
+        config, seconds = self.config, 0.0
+        device, size = torch.device(self.device), config.sampling.batch_size
+        for level, denoiser in self.denoisers.items():
+            told = config.conditioning.labels != "none" or bool(config.levels_above(level))
+            guided = told and config.level(level).guidance > 0
+            start, inputs = 0.0, denoiser.example_inputs(2 * size if guided else size, device)
+            for _ in range(2 if device.type == "cuda" or config.sampling.compile else 1):
+                start = time.monotonic()
+                with autocast(config.sampling.precision, device):
+                    denoiser(*(inputs if guided else inputs[:-1])).sum().item()  # waits for the device
+            seconds += (time.monotonic() - start) * config.num_evaluations(level)
+        return seconds * -(-num_images // size)
 
     def without_conditions(
         self, image_indices: Iterable[int], *, seed: int, progress: Progress = silent

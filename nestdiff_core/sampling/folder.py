@@ -91,7 +91,7 @@ def write_folder(
             writer = stack.enter_context(writing(folder, header, keep_parts=True, check=check))
             write_json(folder / REQUEST, _request(header))
         together()
-        make_parts(writer, parts, _maker(x, folder, seed, kind, device), progress=progress)
+        make_parts(writer, parts, partial(Cascade, x, device=device), _maker(folder, seed, kind), progress=progress)
         sealed = _seal(writer, kind, seed) if rank() == 0 else None
     together()
     return sealed or open_artifact(folder, stage="samples")
@@ -192,14 +192,8 @@ def _require_same(folder: Path, header: dict[str, Any]) -> None:
         )
 
 
-def _maker(
-    x: Experiment, folder: Path, seed: int, kind: str, device: str
-) -> Callable[[Part, Callable[[int], None]], list[Path]]:
-    opened: list[Cascade] = []  # only once there is something to make
-
-    def make(part: Part, report: Callable[[int], None]) -> list[Path]:
-        cascade = opened[0] if opened else Cascade(x, device=device)
-        opened[:] = [cascade]
+def _maker(folder: Path, seed: int, kind: str) -> Callable[[Cascade, Part, Callable[[int], None]], list[Path]]:
+    def make(cascade: Cascade, part: Part, report: Callable[[int], None]) -> list[Path]:
         z = cascade.latents(part.indices, seed=seed, progress=lambda done, *_, **__: report(done))
         pictures = cascade.images(part.indices, z[1])
         told = [{"seed": seed, "index": i, **cascade.told(i)} for i in part.indices]

@@ -8,6 +8,7 @@ on what is missing; they meet only at the beginning and the end.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,10 @@ import torch.distributed as dist
 
 from nestdiff_core.artifacts import ArtifactWriter
 from nestdiff_core.files import PARTS
-from nestdiff_core.progress import Progress, silent
+from nestdiff_core.loading import Cascade
+from nestdiff_core.progress import Progress, duration, silent
+
+logger = logging.getLogger("nestdiff")
 
 
 class Part(NamedTuple):
@@ -60,23 +64,31 @@ def together() -> None:
 def make_parts(
     writer: ArtifactWriter,
     parts: Sequence[Part],
-    make: Callable[[Part, Callable[[int], None]], list[Path]],
+    open_cascade: Callable[[], Cascade],
+    make: Callable[[Cascade, Part, Callable[[int], None]], list[Path]],
     *,
     progress: Progress = silent,
 ) -> None:
     """Make and commit those of `parts` that are not there or not whole; runs in each process of a group, and returns
-    when all parts of all processes are there.
+    when all parts of all processes are there. How long it will take is logged before it begins.
 
-    make: writes the files of a part and returns them; it may say meanwhile how many images of it are done. progress:
-    of all processes together, in images, with the rate since this call.
+    open_cascade: asked only where there is something to make. make: writes the files of a part and returns them; it may
+    say meanwhile how many images of it are done. progress: of all processes together, in images, with the rate since
+    this call.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     tally = _Tally(writer, parts, progress)
-    for part in parts[rank() :: world_size]:
-        if not holds(writer, part):
-            files = make(part, tally)
+    todo = [part for part in parts[rank() :: world_size] if not holds(writer, part)]
+    if todo:
+        cascade, images = open_cascade(), sum(part.num_images for part in todo)
+        if rank() == 0:
+            share = "" if world_size == 1 else f" in each of {world_size} processes"
+            logger.info("samples: %s images%s, %s", f"{images:,}", share, duration(cascade.estimate_seconds(images)))
+        for part in todo:
+            files = make(cascade, part, tally)
             writer.commit_part(part.name, files, first=part.first, images=part.num_images)
-        tally(0)
+            tally(0)
+    tally(0)
     together()
     tally(0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def samples(x: Experiment, *, device: str = "cpu", progress: Progress = silent) 
         writer = stack.enter_context(x.writing(ref, keep_parts=True)) if rank() == 0 else None
         together()
         if shards.part(WHOLE) is None:
-            make_parts(shards, parts, _maker(x, shards.path / SHARDS, device), progress=progress)
+            cascade = partial(loading.Cascade, x, device=device)
+            make_parts(shards, parts, cascade, _maker(x, shards.path / SHARDS), progress=progress)
             if writer is not None:
                 _join(x, shards, parts)
         if writer is not None:
@@ -64,14 +66,11 @@ def samples(x: Experiment, *, device: str = "cpu", progress: Progress = silent) 
     return x.artifact(ref)
 
 
-def _maker(x: Experiment, folder: Path, device: str) -> Callable[[Part, Callable[[int], None]], list[Path]]:
+def _maker(x: Experiment, folder: Path) -> Callable[[loading.Cascade, Part, Callable[[int], None]], list[Path]]:
     """What a part holds: images, the latents above level 1, and images without conditions."""
-    opened: list[loading.Cascade] = []
     seed = x.config.sampling.seed
 
-    def make(part: Part, report: Callable[[int], None]) -> list[Path]:
-        cascade = opened[0] if opened else loading.Cascade(x, device=device)
-        opened[:] = [cascade]
+    def make(cascade: loading.Cascade, part: Part, report: Callable[[int], None]) -> list[Path]:
         z = cascade.latents(part.indices, seed=seed)
         arrays = {IMAGES: cascade.images(part.indices, z[1])}
         arrays |= {f"z_{m}": z_m.half().numpy() for m, z_m in z.items() if m > 1}
