@@ -27,7 +27,7 @@ def build(experiment: ExperimentConfig) -> list[dg.AssetsDefinition]:
     class Runtime(runtime_config(experiment)):
         """How this run is done; what decides the result is changed in the experiment."""
 
-    @dg.multi_asset(name="sweep", specs=[spec], pool=POOL)
+    @dg.multi_asset(name="try_settings", specs=[spec], pool=POOL)  # the job is called sweep
     def sweep(context: dg.AssetExecutionContext, config: Runtime, artifacts: ArtifactRoot) -> dg.MaterializeResult:
         from nestdiff_core import stages
         from nestdiff_core.devices import choose_device
