@@ -365,7 +365,7 @@ def test_through_dagster_and_from_the_command_line(
     monkeypatch.setenv("NESTDIFF_HOME", str(swept.root))
     definitions = build_definitions(swept.config)
     result = definitions.resolve_job_def("sweep").execute_in_process(instance=dg.DagsterInstance.ephemeral())
-    shown = result.asset_materializations_for_node("sweep")[0].metadata
+    shown = result.asset_materializations_for_node("try_settings")[0].metadata
     assert {"verdict", "short_list", "settings", "level_1", "level_2", "images", "samples", "chosen"} <= set(shown)
     assert "sweep" not in {job.name for job in build_definitions(toy()).resolve_all_job_defs()}
     path = save_experiment(swept.config, tmp_path)
