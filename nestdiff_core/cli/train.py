@@ -19,6 +19,7 @@ from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.config_io import to_dict
 from nestdiff_core.errors import ConfigError, Interrupted, NestdiffError, NumericsError
 from nestdiff_core.experiment import Experiment, Ref
+from nestdiff_core.progress import duration
 from nestdiff_core.recipes import load_experiment
 from nestdiff_core.training import launch
 
@@ -122,7 +123,7 @@ def _dry_run(config: ExperimentConfig, level: int, device: str, processes: int) 
     print("reads           " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
     print(f"network         {found.parameters / 1e6:.2f} M parameters, {found.macs / 1e9:.3f} GMACs an image")
     print(f"a step          {found.seconds_per_step:.3f} s on {device}, {own.train.batch_size} images")
-    print(f"all {own.train.num_steps} steps  about {seconds / 3600:.2f} hours, {processes} process(es)")
+    print(f"all {own.train.num_steps} steps  {duration(seconds)}, {processes} process(es)")
     print(f"memory          {found.memory / 2**30:.2f} GiB in each process")
     return 0
 

@@ -1,6 +1,7 @@
 """The whole pipeline at toy size: through Dagster, from the command line, again, and after changes."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -63,6 +64,15 @@ def test_every_stage_is_materialised(toy_run: Any, experiment: Experiment) -> No
         event = materialised[asset_key(experiment.config, ref).to_user_string()]
         tags = event.step_materialization_data.materialization.tags
         assert tags["dagster/data_version"] == f"{artifact.fingerprint}.{artifact.digest}"
+
+
+def test_what_stages_say_is_in_the_runs_log(toy_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimates and warnings of the core, which knows nothing of Dagster."""
+    monkeypatch.setenv("DAGSTER_HOME", str(toy_run.dagster_home))
+    with dg.DagsterInstance.get() as instance:
+        said = [(entry.level, entry.user_message or "") for entry in instance.all_logs(toy_run.result.run_id)]
+    assert any(level == logging.INFO and text.startswith("samples: 256 images, about") for level, text in said)
+    assert any(level == logging.WARNING and "left out, needs 100 images" in text for level, text in said)
 
 
 def test_every_check_passes(toy_run: Any) -> None:
