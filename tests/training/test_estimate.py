@@ -60,6 +60,6 @@ def test_dry_run_says_it_and_leaves_nothing(
     monkeypatch.setenv("NESTDIFF_HOME", str(tmp_path / "home"))
     assert main(["train", "toy", "--level", "1", "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "num_steps: 20" in said and "z_1 (1, 8, 8)" in said and "hours" in said and "GiB" in said
+    assert "num_steps: 20" in said and "z_1 (1, 8, 8)" in said and "all 20 steps  about " in said and "GiB" in said
     assert not (tmp_path / "home").exists()
     assert main(["train", "toy", "--level", "3", "--dry-run"]) == 2
