@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -230,41 +230,6 @@ def image_power(images: UInt8[np.ndarray, "N H W C"]) -> Float[np.ndarray, " F"]
     frequency = np.fft.fftfreq(grey.shape[1]) * grey.shape[1]
     ring = np.rint(np.hypot(frequency[:, None], frequency[None])).astype(int)
     return np.array([power[ring == f].mean() for f in range(1, grey.shape[1] // 2 + 1)])
-
-
-def bar_plot(
-    values: Mapping[str, float],
-    *,
-    title: str,
-    xlabel: str,
-    baseline: tuple[str, float] | None = None,
-    form: Callable[[float], str] = "{:.3g}".format,
-) -> bytes:
-    """Horizontal bars from the top down, each with its value. `baseline` is a named dashed line (chance, the floor)."""
-    figure, axes = _panel(title, xlabel, "", height=95 + 32 * len(values))
-    places = range(len(values))
-    axes.barh(places, list(values.values()), height=0.62, color=COLOURS[0])
-    largest = max([*values.values(), baseline[1] if baseline else 0.0])
-    for place, value in zip(places, values.values(), strict=True):
-        axes.text(value + largest * 0.012, place, form(value), va="center", color=INK, fontsize=9)
-    if baseline is not None:
-        axes.axvline(baseline[1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.text(
-            baseline[1],
-            -0.62,
-            f" {baseline[0]}: {form(baseline[1])}",
-            color=MUTED,
-            fontsize=8.5,
-            va="center",
-            ha="left",
-        )
-    axes.set_yticks(places, list(values))
-    axes.tick_params(axis="y", labelcolor=INK, length=0)
-    axes.set_ylim(len(values) - 0.45, -0.95 if baseline is not None else -0.55)
-    axes.set_xlim(0, largest * 1.12)
-    axes.grid(False, axis="y")
-    axes.spines["bottom"].set_visible(False)
-    return _png(figure)
 
 
 def ladder_plot(distances: Mapping[int, float], *, title: str, xlabel: str, floor: tuple[str, float]) -> bytes:

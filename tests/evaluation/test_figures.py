@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nestdiff_core.evaluation.figures import GAP, WIDTH, bar_plot, image_grid, loss_curve, spectrum_plot, to_data_url
+from nestdiff_core.evaluation.figures import GAP, WIDTH, image_grid, loss_curve, spectrum_plot, to_data_url
 
 
 def opened(picture: bytes) -> np.ndarray:
@@ -52,7 +52,6 @@ def test_plots_are_small_pngs_and_repeatable() -> None:
         lambda: spectrum_plot({2: np.array([2.0, 1.0, 0.0, -1e-12])}, {2: 2}),
         lambda: loss_curve(range(200), {"train": np.geomspace(1, 0.1, 200).tolist(), "held out": [None] * 199 + [0.2]}),
         lambda: loss_curve([0], {"train": [0.5]}),
-        lambda: bar_plot({"a": 0.5, "b": 0.9}, title="kNN", xlabel="accuracy", baseline=("chance", 0.1)),
     ]
     for plot in plots:
         picture = plot()
