@@ -16,6 +16,7 @@ What can be done to a child:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -76,7 +77,7 @@ def hurt(faults: dict[str, int], root: str) -> None:
 
 def child(order: dict[str, Any]) -> None:
     """Becomes the command; does not return."""
-    os.setsid()
+    os.setpgid(0, 0)
     output = os.open(order["output"], os.O_WRONLY)
     for handle in (1, 2):
         os.dup2(output, handle)
@@ -102,6 +103,8 @@ def serve() -> None:
             answer: Any = os.fork()
             if answer == 0:
                 child(request["start"])
+            with contextlib.suppress(OSError):  # it may have done so, or ended: whoever kills the group finds it
+                os.setpgid(answer, answer)
         else:
             _, status, used = os.wait4(request["wait"], 0)
             answer = [os.waitstatus_to_exitcode(status), used.ru_maxrss]
