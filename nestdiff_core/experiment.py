@@ -128,7 +128,7 @@ def _judging_inputs(c: ExperimentConfig) -> tuple[Ref, ...]:
 
 def _cascade_config(c: ExperimentConfig) -> dict[str, Any]:
     """How the cascade is sampled, whatever is made of it."""
-    knobs = ("noise_gamma", "num_evaluations", "sampled_decay")
+    knobs = ("guide_step", "noise_gamma", "num_evaluations", "sampled_decay")
     own = [{k: v for k, v in deciding(level).items() if k in knobs} for level in c.levels]
     return {
         "sampling": deciding(c.sampling),

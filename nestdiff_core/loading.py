@@ -24,7 +24,7 @@ from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.diffusion.cascade import micro_batches, sample_cascade
 from nestdiff_core.encoders.weights import weights_digest
 from nestdiff_core.errors import IntegrityError
-from nestdiff_core.evaluation.samples import to_uint8
+from nestdiff_core.evaluation.samples import to_uint8, with_contrast
 from nestdiff_core.evaluation.sweep import from_plain, with_settings
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.files import read_json
@@ -206,7 +206,7 @@ def _weights(x: Experiment, level: int, decay: float | None) -> Path:
         return artifact.path / EMA
     if decay in train.more_ema_decays:
         return artifact.path / average_file(decay)
-    return _last_checkpoint(artifact) / "model.safetensors"
+    return _checkpoint(artifact.path, artifact.info["step"], level) / "model.safetensors"
 
 
 def average_file(decay: float) -> str:
@@ -214,18 +214,27 @@ def average_file(decay: float) -> str:
     return f"ema_{decay}.safetensors"
 
 
-def _last_checkpoint(denoiser: Artifact) -> Path:
-    """The checkpoint that a denoiser was exported from, its files compared with their checksums."""
-    path = denoiser.path / CHECKPOINTS / f"step_{denoiser.info['step']:08d}"
+def open_guide(x: Experiment, level: int, *, device: str = "cpu") -> NestedDenoiser:
+    """What `levels.guide_step` contrasts with: the average of the level's weights as of that step.
+
+    Raises IntegrityError where training has not come there, or its checkpoint is not on this machine.
+    """
+    path = _checkpoint(x.path(Ref("denoiser", level)), x.config.level(level).guide_step, level)
+    return open_denoiser(x, level, weights=path / EMA, device=device)
+
+
+def _checkpoint(denoiser: Path, step: int, level: int) -> Path:
+    """A denoiser's checkpoint of that step, its files compared with their checksums."""
+    path = denoiser / CHECKPOINTS / f"step_{step:08d}"
     if not path.is_dir():
         raise IntegrityError(
-            "The weights as training left them are not on this machine",
+            f"The weights as they were at step {step} are not on this machine",
             stage="denoiser",
-            level=denoiser.level,
+            level=level,
             path=path,
-            fix="Copy the checkpoint from where it was trained, or sample an average of the weights instead.",
+            fix="Copy the checkpoint from where it was trained, or sample other weights of this level.",
         )
-    read_checkpoint(path, level=denoiser.level or 0, expected=denoiser.fingerprint)
+    read_checkpoint(path, level=level, expected=denoiser.name)
     return path
 
 
@@ -241,8 +250,9 @@ class Cascade:
     """The experiment's denoisers and what tells them what to make, opened once to sample from often.
 
     config: the settings of sampling; by default `sampled_config`. levels: whose denoisers; all by default. denoisers:
-    these by level instead, sampled as `x.config` says. With `sampling.compile` each is compiled whole, once for each
-    shape of batch that it gets (guidance doubles it), at its first call.
+    these by level instead, sampled as `x.config` says. The networks of `levels.guide_step` come with them. With
+    `sampling.compile` each is compiled whole, once for each shape of batch that it gets (guidance doubles it), at its
+    first call.
     """
 
     def __init__(
@@ -264,10 +274,13 @@ class Cascade:
                 level: open_denoiser(x, level, decay=self.config.level(level).decay, device=device) for level in chosen
             }
         self.denoisers = dict(denoisers)
+        own = [level for level in denoisers if x.config.level(level).guide_step]
+        self.guides = {level: open_guide(x, level, device=device) for level in own}
         if x.config.sampling.compile:
-            # All levels share one function, which is compiled for each of them: by default eight times at most.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(self.denoisers))
-            for denoiser in self.denoisers.values():
+            networks = [*self.denoisers.values(), *self.guides.values()]
+            # All share one function, which is compiled for each of them: by default eight times at most.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(networks))
+            for denoiser in networks:
                 denoiser.forward = torch.compile(denoiser.forward, dynamic=False, fullgraph=True)
 
     def under(self, config: ExperimentConfig) -> Cascade:
@@ -301,6 +314,7 @@ class Cascade:
             seed=seed,
             labels=self._labels(indices) if rows is None else self._labels_of(rows),
             given=given or {},
+            guides=self.guides,
             null_conditions=null_conditions,
             lowest=lowest,
             device=torch.device(self.device),
@@ -314,8 +328,7 @@ class Cascade:
         config, seconds = self.config, 0.0
         device, size = torch.device(self.device), config.sampling.batch_size
         for level, denoiser in self.denoisers.items():
-            told = config.conditioning.labels != "none" or bool(config.levels_above(level))
-            guided = told and config.level(level).guidance > 0
+            guided = config.can_be_guided(level) and config.level(level).guidance > 0
             start, inputs = 0.0, denoiser.example_inputs(2 * size if guided else size, device)
             for _ in range(2 if device.type == "cuda" or config.sampling.compile else 1):
                 start = time.monotonic()
@@ -339,6 +352,7 @@ class Cascade:
         pictures = np.empty((len(indices), side, side, channels), np.uint8)
         for batch in micro_batches(indices, self.x.config.sampling.batch_size, torch.device("cpu")):
             decoded = self.autoencoder.decode(batch.spread(z_1.float()))[batch.rows]
+            decoded = with_contrast(decoded, self.config.sampling.contrast)
             pictures[batch.places] = to_uint8(decoded, numbers=batch.images)
         return pictures
 

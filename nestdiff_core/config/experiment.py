@@ -143,7 +143,7 @@ class ExperimentConfig:
 
     def _check_guidance(self, level: LevelConfig) -> None:
         """What guidance contrasts with must have been seen in training."""
-        told = self.conditioning.labels != "none" or bool(self.levels_above(level.level))
+        told = self.is_told(level.level) and not level.guide_step
         require(
             not level.guidance or not told or level.train.condition_drop > 0,
             "levels.train.condition_drop",
@@ -269,6 +269,14 @@ class ExperimentConfig:
         """gamma while level `number` is sampled."""
         own = self.level(number).noise_gamma
         return self.sampling.noise_gamma if own == -1 else own
+
+    def is_told(self, number: int) -> bool:
+        """Whether level `number` has a label or a level above, which guidance can exaggerate."""
+        return self.conditioning.labels != "none" or bool(self.levels_above(number))
+
+    def can_be_guided(self, number: int) -> bool:
+        """Whether there is something that guidance of level `number` contrasts with."""
+        return self.is_told(number) or self.level(number).guide_step > 0
 
     def latent_shape(self, number: int) -> tuple[int, int, int]:
         """(channels, height, width) of z_l."""

@@ -52,6 +52,11 @@ class SamplingConfig:
         "bits.",
         decides="if_changed",
     )
+    contrast: float = knob(
+        1.0,
+        "Factor on each image's deviation from its mean, after decoding: a control, for judges that reward contrast.",
+        decides="if_changed",
+    )
     chosen_by: Literal["config", "sweep"] = knob(
         "config",
         "Whose guidance, gamma, evaluations and average of the weights are sampled with: this configuration's, or what "
@@ -62,6 +67,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         for name in ("num_evaluations", "num_images", "batch_size"):
             require(getattr(self, name) >= 1, f"sampling.{name}", ">= 1", getattr(self, name))
+        require(0 < self.contrast < float("inf"), "sampling.contrast", "a number > 0", self.contrast)
         require(self.noise_gamma >= 0, "sampling.noise_gamma", ">= 0", self.noise_gamma)
         require(self.seed >= 0, "sampling.seed", ">= 0", self.seed)
 

@@ -95,6 +95,12 @@ class TrainConfig:
         "Whether the network is compiled (torch.compile): faster after a minute or two, with other last bits.",
         decides="never",
     )
+    cuda_graphs: bool = knob(
+        False,
+        "Whether a compiled network's kernels are launched as one CUDA graph: for small levels, where launching them "
+        "one by one takes longer than they do; costs memory.",
+        decides="never",
+    )
     accumulation_steps: int = knob(
         1,
         "Parts into which a process cuts its share of a batch to save memory; their gradients are added up.",
@@ -117,6 +123,7 @@ class TrainConfig:
         for name in ("seed", "warmup_steps", "weight_decay", "grad_clip", "max_skipped_steps", "keep_every"):
             require(getattr(self, name) >= 0, f"levels.train.{name}", ">= 0", getattr(self, name))
         require(self.max_loss > 0, "levels.train.max_loss", "> 0", self.max_loss)
+        require(self.compile or not self.cuda_graphs, "levels.train.cuda_graphs", "false, unless compile is true", True)
         require(
             self.batch_size % self.accumulation_steps == 0,
             "levels.train.accumulation_steps",
@@ -163,6 +170,12 @@ class LevelConfig:
     guidance_interval: tuple[float, ...] = knob(
         (0.0, 1.0), "First and last time t at which guidance is on; 0 is data, 1 is noise."
     )
+    guide_step: int = knob(
+        0,
+        "What guidance contrasts with: 0, the network without its conditions; N, this level's own average of the "
+        "weights at step N of its training, told the same (autoguidance); train.keep_every must keep that.",
+        decides="if_changed",
+    )
     noise_gamma: float = knob(
         -1.0, "gamma while this level is sampled; -1: that of sampling.noise_gamma.", decides="if_changed"
     )
@@ -188,6 +201,15 @@ class LevelConfig:
             "levels.guidance_interval",
             "two times with 0 <= first <= last <= 1",
             interval,
+            level=self.level,
+        )
+        kept = self.train.keep_every
+        require(
+            0 <= self.guide_step < self.train.num_steps
+            and (self.guide_step == 0 or (kept > 0 and self.guide_step % kept == 0)),
+            "levels.guide_step",
+            f"0, or a step before {self.train.num_steps} that train.keep_every = {kept} keeps",
+            self.guide_step,
             level=self.level,
         )
         require(

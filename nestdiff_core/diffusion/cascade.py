@@ -46,6 +46,7 @@ def sample_cascade(
     seed: int,
     labels: Int[Tensor, " N"] | Float[Tensor, "N T W"] | None = None,
     given: Mapping[int, Float[Tensor, "N _ _ _"]] | None = None,
+    guides: Mapping[int, Callable[..., Tensor]] | None = None,
     null_conditions: bool = False,
     lowest: int = 1,
     device: torch.device | str = "cpu",
@@ -57,16 +58,17 @@ def sample_cascade(
     image_indices: distinct, from 0; each run of `sampling.batch_size` images that they touch costs a full batch.
     labels: class of each image (N,) or its caption's tokens (N, T, W), as conditioning.labels says; None for the null
     class or the empty caption. given: true latents of the top levels (the oracle), used instead of generated ones.
+    guides: by level, the networks that guidance contrasts with where `levels.guide_step` says so.
     null_conditions: no level sees labels or the levels above, and none is guided.
 
     Raises ConfigError for a request that contradicts the experiment, NumericsError with level and image for a latent
     that is not finite.
     """
-    indices, given = list(image_indices), dict(given or {})
+    indices, given, guides = list(image_indices), dict(given or {}), dict(guides or {})
     config.level(lowest)
     levels = range(config.num_levels, lowest - 1, -1)
-    _check_request(denoisers, config, indices, labels, given, levels)
-    sampler = _LevelSampler(config, denoisers, seed, null_conditions)
+    _check_request(denoisers, config, indices, labels, given, guides, levels)
+    sampler = _LevelSampler(config, denoisers, guides, seed, null_conditions)
     result = {m: torch.empty(len(indices), *config.latent_shape(m)) for m in levels}
     finished = 0
     for batch in micro_batches(indices, config.sampling.batch_size, torch.device(device)):
@@ -157,9 +159,15 @@ class _LevelSampler:
     """Samples one batch of one level, given the latents above."""
 
     def __init__(
-        self, config: ExperimentConfig, denoisers: Mapping[int, Callable[..., Tensor]], seed: int, null_conditions: bool
+        self,
+        config: ExperimentConfig,
+        denoisers: Mapping[int, Callable[..., Tensor]],
+        guides: Mapping[int, Callable[..., Tensor]],
+        seed: int,
+        null_conditions: bool,
     ) -> None:
-        self.config, self.denoisers, self.seed, self.null_conditions = config, denoisers, seed, null_conditions
+        self.config, self.denoisers, self.guides = config, denoisers, guides
+        self.seed, self.null_conditions = seed, null_conditions
         self.schedule = make_schedule(config.diffusion)
 
     def _times(self, level: int) -> Tensor:
@@ -192,15 +200,17 @@ class _LevelSampler:
         return lambda: batch.normal(streams, shape)
 
     def _model(self, level: int, batch: MicroBatch) -> Callable[..., Tensor]:
-        denoiser, knobs = self._network(level, batch.device), self.config.level(level)
+        denoiser, knobs = self._network(self.denoisers[level], batch.device), self.config.level(level)
         if not self.null_conditions:
-            return guided(denoiser, knobs.guidance, knobs.guidance_interval, self.config.sampling.null_branch)
+            guide = self._network(self.guides[level], batch.device) if knobs.guidance and knobs.guide_step else None
+            return guided(
+                denoiser, knobs.guidance, knobs.guidance_interval, self.config.sampling.null_branch, guide=guide
+            )
         drop = torch.ones(batch.size, dtype=torch.bool, device=batch.device)
         return lambda z_t, t, z_above, labels: denoiser(z_t, t, z_above, labels, drop)
 
-    def _network(self, level: int, device: torch.device) -> Callable[..., Tensor]:
-        """The denoiser in the arithmetic of `sampling.precision`; what it says comes back as the latent came."""
-        denoiser = self.denoisers[level]
+    def _network(self, denoiser: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+        """In the arithmetic of `sampling.precision`; what it says comes back as the latent came."""
         if self.config.sampling.precision == "float32":
             return denoiser
 
@@ -244,6 +254,7 @@ def _check_request(
     indices: Sequence[int],
     labels: Tensor | None,
     given: Mapping[int, Tensor],
+    guides: Mapping[int, Callable[..., Tensor]],
     levels: range,
 ) -> None:
     """levels: those of the result, from the top."""
@@ -291,6 +302,15 @@ def _check_request(
         [m for m in reversed(levels) if m not in given],
         sorted(denoisers),
         "Give a denoiser for each level that is to be sampled.",
+    )
+    needed = [m for m in reversed(levels) if m not in given and config.level(m).guidance and config.level(m).guide_step]
+    require(
+        set(needed) <= set(guides),
+        "The networks that guide are missing",
+        "guides",
+        needed,
+        sorted(guides),
+        "Give one for each level with levels.guide_step, or set that to 0.",
     )
     if labels is not None:
         kind = config.conditioning.labels

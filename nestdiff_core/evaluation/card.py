@@ -36,6 +36,8 @@ class SampleOrigin:
     condition_noise: dict[int, float]
     ema_decay: dict[int, float]  # of the average of the weights that sampled; 0 is the weights themselves
     checkpoints: dict[int, str]
+    guide_step: dict[int, int] = field(default_factory=dict)  # of levels that are guided by their own earlier weights
+    contrast: float = 1.0
     rounding: str = ROUNDING
 
     @classmethod
@@ -60,6 +62,8 @@ class SampleOrigin:
             condition_noise={level.level: level.condition_noise for level in config.levels},
             ema_decay={level.level: level.decay for level in config.levels},
             checkpoints=dict(checkpoints),
+            guide_step={level.level: level.guide_step for level in config.levels if level.guide_step},
+            contrast=sampling.contrast,
         )
 
 

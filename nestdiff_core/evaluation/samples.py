@@ -46,6 +46,14 @@ def to_uint8(images: Float[Tensor, "B C H W"], *, numbers: Sequence[int] | None 
     return pixels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
+def with_contrast(images: Float[Tensor, "B C H W"], factor: float) -> Float[Tensor, "B C H W"]:
+    """Each image with its deviations from its own mean multiplied; as it is where factor is 1."""
+    if factor == 1.0:
+        return images
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    return mean + factor * (images - mean)
+
+
 class Blocks(NamedTuple):
     """An array that comes in pieces along its first axis, so that it never has to be in memory."""
 

@@ -72,13 +72,13 @@ def from_plain(data: Mapping[str, Any]) -> dict[int, Setting]:
 def candidates(config: ExperimentConfig, level: int) -> list[Setting]:
     """What is tried at a level: the configured setting, then all combinations of what is swept and makes a difference.
 
-    Guidance needs something that the level is told; gamma conditions with noise; the average of the weights one that
+    Guidance needs something to contrast with; gamma conditions with noise; the average of the weights one that
     training kept.
     """
     own, sweep, knobs = configured(config)[level], config.sweep, config.level(level)
     noised = any(config.level(m).condition_noise for m in config.levels_above(level))
     grid = product(
-        (sweep.guidance if is_told(config, level) else ()) or (own.guidance,),
+        (sweep.guidance if config.can_be_guided(level) else ()) or (own.guidance,),
         (sweep.noise_gammas if noised else ()) or (own.noise_gamma,),
         sweep.num_evaluations or (own.num_evaluations,),
         knobs.kept_decays if sweep.decays else (own.sampled_decay,),
@@ -90,14 +90,9 @@ def candidates(config: ExperimentConfig, level: int) -> list[Setting]:
     return list(dict.fromkeys([own, *found]))
 
 
-def is_told(config: ExperimentConfig, level: int) -> bool:
-    """Whether the level has a label or a level above, which guidance exaggerates."""
-    return config.conditioning.labels != "none" or bool(config.levels_above(level))
-
-
 def passes(config: ExperimentConfig, level: int, setting: Setting) -> int:
     """Passes of the level's network that an image takes; guidance doubles them (in an interval: fewer than this)."""
-    return setting.num_evaluations * (2 if setting.guidance and is_told(config, level) else 1)
+    return setting.num_evaluations * (2 if setting.guidance and config.can_be_guided(level) else 1)
 
 
 # --- choosing -----------------------------------------------------------------------------------------------------

@@ -73,6 +73,29 @@ def test_nothing_to_guide_costs_nothing(w, conditions, null_branch, label):
     torch.testing.assert_close(out, Recorder()(z_t, t, z_above, labels))
 
 
+def test_a_guide_takes_the_place_of_null():
+    """out = cond + w (cond - guide), both told the same; also where nothing is told, which null could not guide."""
+    z_t, t, z_above = inputs()
+    for above, labels in ((z_above, LABELS["class"]), ({}, None)):
+        model, weaker = Recorder(), Recorder()
+        guide = lambda *told, weaker=weaker: 0.5 * weaker(*told)  # noqa: E731
+        out = guided(model, 0.8, guide=guide)(z_t, t, above, labels)
+        assert (model.batches, weaker.batches) == ([3], [3])
+        cond = model(z_t, t, above, labels)
+        torch.testing.assert_close(out, cond + 0.8 * (cond - 0.5 * cond))
+
+
+def test_a_guide_has_its_interval_and_costs_nothing_at_w_0():
+    z_t, _, z_above = inputs()
+    t = torch.tensor([0.1, 0.5, 0.9])
+    model, weaker = Recorder(), Recorder()
+    out = guided(model, 1.0, (0.4, 0.6), guide=lambda z_t, *_: torch.zeros_like(z_t))(z_t, t, z_above)
+    cond = model(z_t, t, z_above)
+    torch.testing.assert_close(out, torch.stack([cond[0], 2 * cond[1], cond[2]]))
+    guided(model, 0.0, guide=weaker)(z_t, t, z_above)
+    assert weaker.batches == []
+
+
 @every_label
 def test_labels_alone_are_guided(labels):
     """A conditional top level has its label to guide."""
