@@ -133,6 +133,7 @@ def run_torchrun(command: Sequence[str], *, num_processes: int, hosts: Hosts | N
             *meeting,
             f"--nproc-per-node={num_processes}",
             f"--max-restarts={restarts}",
+            f"--log-dir={folder}/logs",  # else a directory in /tmp that stays
             *("-m", "nestdiff_core", *command),
         ]
         environment |= {

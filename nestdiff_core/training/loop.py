@@ -129,7 +129,8 @@ class Trainer:
         if self.train.compile:
             # A notebook may train all levels in one process, each compiled for training and for validation.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * config.num_levels)
-            self.model.compile(fullgraph=True, dynamic=False)
+            mode = "reduce-overhead" if self.train.cuda_graphs else None
+            self.model.compile(fullgraph=True, dynamic=False, mode=mode)
         self.network: nn.Module = self.model
         if self.world_size > 1:
             self.network = DistributedDataParallel(self.model, broadcast_buffers=False)  # they never change
@@ -237,6 +238,7 @@ class Trainer:
     def _add_gradient(self, part: Batch, *, last: bool) -> Tensor:
         """Add the gradient of a part of the batch; returns its losses. Processes share gradients with the last part."""
         network = self.network
+        torch.compiler.cudagraph_mark_step_begin()  # what the last part left in a CUDA graph's memory has been used
         with network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext():
             losses = self.loss(network, part)
             (losses.mean() / self.train.accumulation_steps).backward()
@@ -333,6 +335,7 @@ class Trainer:
         with self.averaged_weights() as model:
             parts = -(-len(rows) // size)
             for i in range(parts):
+                torch.compiler.cudagraph_mark_step_begin()
                 batch = self.batches.load(rows[i::parts], mine.share(i, parts), self.device)
                 sums += by_noise_level(self.loss(model, batch), batch.draws.t)
         return self._sum(sums).cpu().numpy()

@@ -373,6 +373,7 @@ def test_bfloat16_follows_float32(batches: LatentBatches, tmp_path: Path) -> Non
 COMPILED = """
 import json, sys
 from pathlib import Path
+import torch
 from torch._dynamo.utils import counters
 sys.path.insert(0, sys.argv[1])
 from nestdiff_core.models import count_macs
@@ -382,12 +383,13 @@ batches, told = make_batches(folder, 48), {}
 for name in ("eager", "compiled"):
     config = config_with(
         compile=name == "compiled",
+        cuda_graphs=name == "compiled",
         checkpoint_every=3,
         log_every=3,
         activation_checkpointing=True,
         accumulation_steps=2,
     )
-    t = trainer(batches, folder / name, config)
+    t = trainer(batches, folder / name, config, device="cuda" if torch.cuda.is_available() else "cpu")
     t.run(until_step=3)
     graphs = counters["stats"]["unique_graphs"]
     t.run(until_step=12)
@@ -404,7 +406,10 @@ print(json.dumps(told))
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile for a CPU needs g++")
 def test_a_compiled_network_is_one_graph(tmp_path: Path) -> None:
-    """No graph break in a step, one graph for training and one for validation, compiled once; losses to rounding."""
+    """No graph break in a step, one graph for training and one for validation, compiled once; losses to rounding.
+
+    On a GPU, where there is one, and then as CUDA graphs.
+    """
     # In a process without the runtime type checks of the tests, which cannot be compiled.
     done = subprocess.run(
         [sys.executable, "-c", COMPILED, str(Path(__file__).parent), str(tmp_path)], capture_output=True, text=True
