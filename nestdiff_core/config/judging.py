@@ -81,6 +81,12 @@ class JudgeConfig:
         EncoderConfig(weights="random"),
         "The network: timm, open_clip or torchvision with its weights; moco with the folder of an `encoder` artifact.",
     )
+    num_classes: int = knob(
+        0,
+        "For torchvision: classes that the head of these weights tells apart, to be asked which ones it sees; 0: it "
+        "is not asked.",
+        decides="if_changed",
+    )
 
     def __post_init__(self) -> None:
         where = "evaluation.judges"
@@ -90,6 +96,11 @@ class JudgeConfig:
         kinds = ("timm", "open_clip", "torchvision", "moco")
         require(self.encoder.kind in kinds, f"{where}.encoder.kind", f"one of {kinds}", self.encoder.kind)
         require(bool(self.encoder.weights), f"{where}.encoder.weights", "a file, `hub` or `random`", "")
+        require(self.num_classes == 0 or self.num_classes >= 2, f"{where}.num_classes", "0, or >= 2", self.num_classes)
+        if self.num_classes:
+            kind, weights = self.encoder.kind, self.encoder.weights
+            require(kind == "torchvision", f"{where}.num_classes", "0, as only torchvision's heads are read", kind)
+            require(weights != "random", f"{where}.num_classes", "0, as a random head tells nothing apart", weights)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from nestdiff_core.config_io import from_dict, to_dict
 from nestdiff_core.encoders.base import Encoder, feature_shapes, normalisation
 from nestdiff_core.encoders.clip import ClipEncoder, clip_encoder, clip_network
 from nestdiff_core.encoders.code import CodeEncoder, code_encoder
-from nestdiff_core.encoders.convnet import ConvEncoder, torchvision_encoder, torchvision_network
+from nestdiff_core.encoders.convnet import ConvEncoder, torchvision_classifier, torchvision_encoder, torchvision_network
 from nestdiff_core.encoders.extract import (
     encode_captions,
     encode_crops,
@@ -114,11 +114,14 @@ def build_encoder(
     }
 
 
-def build_judge(config: EncoderConfig, *, device: str | torch.device = "cpu") -> Encoder:
+def build_judge(config: EncoderConfig, *, num_classes: int = 0, device: str | torch.device = "cpu") -> Encoder:
     """An encoder that is made from its configuration alone, frozen, in eval mode, on `device`.
 
-    Kind moco: `config.weights` is the folder of an `encoder` artifact, as an experiment has left it.
+    Kind moco: `config.weights` is the folder of an `encoder` artifact, as an experiment has left it. num_classes: of
+    the head of a network of torchvision, which then is a `Classifier`.
     """
+    if num_classes:
+        return torchvision_classifier(config, num_classes).to(device).eval().requires_grad_(False)
     if config.kind == "moco":
         artifact = open_artifact(Path(config.weights).expanduser(), stage="encoder")
         artifact.verify()

@@ -61,8 +61,11 @@ class Encoder(nn.Module):
     ) -> tuple[Float[Tensor, "B D S S"], Float[Tensor, "B V"]]:
         """Map and vector of uint8 images of any side, on the encoder's device."""
         self.eval()
-        x = unit_range(torch.as_tensor(images).to(self.device), self.input_size)
-        return self(self.normalise(x))
+        return self(self.prepare(images))
+
+    def prepare(self, images: UInt8[np.ndarray, "B H W C"] | UInt8[Tensor, "B H W C"]) -> Float[Tensor, "B _ S S"]:
+        """uint8 images of any side as `forward` wants them, on the encoder's device."""
+        return self.normalise(unit_range(torch.as_tensor(images).to(self.device), self.input_size))
 
     def normalise(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B _ H W"]:
         """Values in [0, 1] as the network wants them."""

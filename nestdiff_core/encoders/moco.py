@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from nestdiff_core.config import EncoderConfig, MoCoConfig
@@ -158,7 +158,14 @@ def pixel_statistics(index: ImageIndex) -> tuple[tuple[float, ...], tuple[float,
 def training_batches(
     index: ImageIndex, batch_size: int, seed: int, pool_bytes: int = POOL_BYTES
 ) -> Iterator[UInt8[np.ndarray, "B H W C"]]:
-    """Endless batches of the train split, every image once an epoch.
+    """The images of `labelled_batches`."""
+    return (images for images, _ in labelled_batches(index, batch_size, seed, pool_bytes))
+
+
+def labelled_batches(
+    index: ImageIndex, batch_size: int, seed: int, pool_bytes: int = POOL_BYTES
+) -> Iterator[tuple[UInt8[np.ndarray, "B H W C"], Int64[np.ndarray, " B"]]]:
+    """Endless batches of the train split and its classes (-1: none), every image once an epoch.
 
     Each epoch shuffles the shards, then holds a pool of them of about `pool_bytes` at a time and shuffles that. A
     set smaller than the pool is read once; one smaller than a batch recurs within it.
@@ -167,14 +174,16 @@ def training_batches(
     pools = _pools(index, np.arange(len(index.shards)), pool_bytes)
     everything = _train_images(index, pools[0]) if len(pools) == 1 else None
     left = np.empty((0, index.resolution, index.resolution, index.channels), np.uint8)
+    left_labels = np.empty(0, np.int64)
     while True:
         for pool in pools if everything is not None else _pools(index, rng.permutation(len(index.shards)), pool_bytes):
-            images = _train_images(index, pool) if everything is None else everything
-            left = np.concatenate([left, images[rng.permutation(len(images))]])
+            images, labels = _train_images(index, pool) if everything is None else everything
+            order = rng.permutation(len(images))
+            left, left_labels = np.concatenate([left, images[order]]), np.concatenate([left_labels, labels[order]])
             whole = len(left) - len(left) % batch_size
             for start in range(0, whole, batch_size):
-                yield left[start : start + batch_size]
-            left = left[whole:]
+                yield left[start : start + batch_size], left_labels[start : start + batch_size]
+            left, left_labels = left[whole:], left_labels[whole:]
 
 
 def _pools(index: ImageIndex, order: np.ndarray, pool_bytes: int) -> list[list[int]]:
@@ -192,8 +201,11 @@ def _pools(index: ImageIndex, order: np.ndarray, pool_bytes: int) -> list[list[i
     return pools
 
 
-def _train_images(index: ImageIndex, shards: list[int]) -> np.ndarray:
-    return np.concatenate([index.read_shard(k)[index.splits[index.shards[k].rows] == "train"] for k in shards])
+def _train_images(index: ImageIndex, shards: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    rows = [index.shards[k].rows for k in shards]
+    train = [index.splits[own] == "train" for own in rows]
+    images = np.concatenate([index.read_shard(k)[chosen] for k, chosen in zip(shards, train, strict=True)])
+    return images, np.concatenate([index.labels[own][chosen] for own, chosen in zip(rows, train, strict=True)])
 
 
 # --- the parts of the network that are thrown away ----------------------------------------------------------------

@@ -63,6 +63,13 @@ class Encoder(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
 
+@runtime_checkable
+class Classifier(Encoder, Protocol):
+    """An encoder with a trained head."""
+
+    def classify(self, images: UInt8[np.ndarray, "B H W C"]) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B K"]]: ...
+
+
 @dataclass(frozen=True)
 class Extractor:
     """A feature space. `embed` maps a batch of uint8 images to features, and to class logits where it has them."""
@@ -158,13 +165,14 @@ def build_extractor(
 
 
 def encoder_extractor(encoder: Encoder, *, kind: str = "encoder") -> Extractor:
-    """The encoder's class vector: one vector an image, and not the pooled map from which the latents are cut.
+    """The encoder's class vector: one vector an image, and not the pooled map from which the latents are cut; of a
+    classifier the logits of its head too.
 
     Runs where the encoder's weights are; the encoder does its own resizing and repeats grey images as it was trained.
     """
 
-    def embed(images: UInt8[np.ndarray, "B H W C"]) -> tuple[Tensor, None]:
-        return encoder.encode(images)[1], None
+    def embed(images: UInt8[np.ndarray, "B H W C"]) -> tuple[Tensor, Tensor | None]:
+        return encoder.classify(images) if isinstance(encoder, Classifier) else (encoder.encode(images)[1], None)
 
     preprocessing = {"input_size": encoder.input_size, "mean": list(encoder.mean), "std": list(encoder.std)}
     return Extractor(kind, weights_sha256(encoder.state_dict()), preprocessing, embed)
@@ -366,7 +374,7 @@ class _Running:
         if logit is not None:
             logit = logit.double().cpu()
             self.logits = self._keep(self.logits, logit, rows)
-            if self.num_images > MAX_KEPT:
+            if self.num_images > MAX_KEPT and self.extractor.kind == "inception":
                 self.score = self.score or _Score(self.num_images, logit.shape[1])
                 self.score.add(logit, rows)
         self._num_kept += int(self.kept[rows].sum())

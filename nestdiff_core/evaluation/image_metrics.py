@@ -6,6 +6,7 @@
     recall     share of reference images inside the samples' manifold
     kd         kernel distance, unbiased, mean and deviation over subsets (arXiv 1801.01401); `kid` with inception only
     inception_score   of the samples alone (arXiv 1606.03498); with inception only
+    class_entropy, num_classes_seen, confidence   of the samples alone, by a judge that tells classes apart (classes.py)
 
 Each set passes through its extractor once (extractors.extract); torch-fidelity's own functions are given the features.
 fd, fd_infinity and the score are of all images, the others of at most `MAX_KEPT` random ones of each set.
@@ -23,6 +24,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from nestdiff_core.errors import IntegrityError, NumericsError
+from nestdiff_core.evaluation.classes import classes_of
 from nestdiff_core.evaluation.extractors import (
     MAX_KEPT,
     SCORE_SEED,
@@ -128,7 +130,7 @@ def feature_metrics(
         *([_infinity(samples, reference, name("fd_infinity"), seed)] if infinity else []),
         _neighbours(samples, reference, num_neighbours, seed),
         _kernel(samples, reference, name("kd"), seed),
-        _score(samples),
+        _score(samples) if extractor.kind == "inception" else _classes(samples),
     ]
     common = {"feature_dimension": samples.gaussian.dimension}
     values = {name(k): v for part in parts for k, v in part.values.items()}
@@ -237,6 +239,14 @@ def _score(samples: FeatureSet) -> _Part:
     return _Part(
         {"inception_score": mean}, {"inception_score": deviation}, {"score_splits": SCORE_SPLITS, "seed": SCORE_SEED}
     )
+
+
+def _classes(samples: FeatureSet) -> _Part:
+    if samples.logits is None:
+        return _Part()
+    found = classes_of(samples.logits.softmax(dim=1).numpy())
+    values = {"class_entropy": found.balance, "num_classes_seen": float(found.num_seen), "confidence": found.confidence}
+    return _Part(values, settings={"class_images": len(samples.logits)})
 
 
 def _not_finite(metric: str, found: object) -> NumericsError:

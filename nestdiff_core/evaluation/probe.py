@@ -19,6 +19,7 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.ensemble import ExtraTreesClassifier
 
 from nestdiff_core.errors import InputError, IntegrityError
+from nestdiff_core.evaluation.classes import classes_of
 from nestdiff_core.evaluation.extractors import Images, area_resize, batches
 
 SIDE = 16
@@ -83,15 +84,14 @@ def judge(probe: Probe, images: Images) -> dict[str, Any]:
             found=shape,
             fix="Judge samples of the images' resolution and channels.",
         )
-    probabilities = _probabilities(probe, images)
-    share = np.bincount(probabilities.argmax(axis=1), minlength=len(probe.classes)) / len(probabilities)
+    found = classes_of(_probabilities(probe, images))
     return {
-        "num_images": len(probabilities),
-        "num_classes_seen": int((share > 0).sum()),
-        "class_share": {str(c): float(s) for c, s in zip(probe.classes, share, strict=True)},
-        "class_entropy": float(_entropy(share[None])[0]),
-        "confidence": float(probabilities.max(axis=1).mean()),
-        "entropy": float(_entropy(probabilities).mean()),
+        "num_images": len(images),
+        "num_classes_seen": found.num_seen,
+        "class_share": {str(c): float(s) for c, s in zip(probe.classes, found.share, strict=True)},
+        "class_entropy": found.balance,
+        "confidence": found.confidence,
+        "entropy": found.entropy,
     }
 
 
@@ -124,7 +124,3 @@ def _pixels(images: Images) -> Iterator[Float[np.ndarray, "n D"]]:
     for batch in batches(images, 1024):
         x = torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 255.0
         yield area_resize(x, SIDE).flatten(1).numpy()
-
-
-def _entropy(p: Float[np.ndarray, "N K"]) -> Float[np.ndarray, " N"]:
-    return -np.sum(p * np.log(np.where(p > 0, p, 1.0)), axis=-1)

@@ -79,7 +79,7 @@ def extractors(x: Experiment, *, device: str = "cpu") -> list[Extractor]:
     """The extractor of every space of the experiment's evaluation, in order."""
     config = x.config.evaluation
     encoder = load_encoder(x.artifact(Ref("encoder")), device=device) if "encoder" in config.extractors else None
-    judges = {judge.name: build_judge(judge.encoder, device=device) for judge in config.judges}
+    judges = {j.name: build_judge(j.encoder, num_classes=j.num_classes, device=device) for j in config.judges}
     return [
         build_extractor(kind, encoder=encoder, inception_weights=config.inception_weights, judges=judges, device=device)
         for kind in config.spaces
