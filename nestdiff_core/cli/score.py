@@ -70,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
             spaces,
             origin=None,
             num_neighbours=x.config.evaluation.num_neighbours if x else 3,
+            resamples=x.config.evaluation.resamples if x else 0,
             batch_size=arguments.batch_size,
             seed=arguments.seed,
             progress=progress,

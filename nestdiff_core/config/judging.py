@@ -122,6 +122,9 @@ class EvaluationConfig:
     )
     inception_weights: str = knob("", "For inception: a local .pth, or `download` to let torch-fidelity fetch it.")
     num_neighbours: int = knob(3, "k of precision and recall.")
+    resamples: int = knob(
+        0, "Draws of the samples for the bootstrap errors of their Frechet distances; 0: none.", decides="if_changed"
+    )
     probe: bool = knob(False, "Judge the samples with a classifier trained on the real labelled images.")
     clip_score: bool = knob(
         False,
@@ -136,6 +139,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         require(self.num_neighbours >= 1, "evaluation.num_neighbours", ">= 1", self.num_neighbours)
+        require(self.resamples == 0 or self.resamples >= 2, "evaluation.resamples", "0, or >= 2", self.resamples)
         for name in self.extractors:
             require(name in SPACES, "evaluation.extractors", f"each one of {SPACES}", name)
         names = [judge.name for judge in self.judges]

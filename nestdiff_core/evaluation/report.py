@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from nestdiff_core.evaluation.bootstrap import deviation, frechet_resamples
 from nestdiff_core.evaluation.card import MetricCard, SampleOrigin
 from nestdiff_core.evaluation.extractors import Extractor, FeatureSet, Images, extract_all
 from nestdiff_core.evaluation.image_metrics import Numbers, feature_metrics
@@ -33,6 +34,7 @@ def evaluate(
     others: Mapping[str, Images] | None = None,
     probe: tuple[Labelled, Labelled] | None = None,
     num_neighbours: int = 3,
+    resamples: int = 0,
     batch_size: int = 256,
     seed: int = 0,
     progress: Progress = silent,
@@ -41,10 +43,11 @@ def evaluate(
 
     Samples are uint8 HWC images of the reference's shape. origin: how they were made, where that is known. `others`
     are further sample sets by name (an ablation), measured likewise. probe: the images to train it on, and held-out
-    ones. Returns plain JSON data:
+    ones. resamples: draws for the bootstrap error of each Frechet distance, which is then its deviation. Returns plain
+    JSON data:
 
         metrics   {name: {value, deviation, value_at_floor, floor, floor_images, others: {set: value}, card}}
-                  value is that of all samples (deviation over subsets, where the metric has one); floor that of
+                  value is that of all samples (deviation over subsets or resamples, where there are any); floor that of
                   `floor_images` held-out images, and value_at_floor that of as many samples, so those two compare. A
                   Frechet distance clearly below its floor means samples closer to the training images than unseen
                   images are: copies. An fd_infinity is one of no number of images: its floor compares with the value
@@ -68,6 +71,9 @@ def evaluate(
         )
         rest = {name: sets[i] for name, sets in bare.items()}
         numbers, records, said = _with_floor(found[i], space.held_out, rest, against_real, seed)
+        if resamples:
+            drawn = frechet_resamples({"": found[i].values}, space.reference.gaussian, resamples=resamples, seed=seed)
+            records[space.extractor.metric_name("fd")]["deviation"] = deviation(drawn[""])
         for name, record in records.items():
             metrics[name] = {**record, "card": metric_card(name, numbers, origin, space.resize_filter).to_dict()}
         warnings += said

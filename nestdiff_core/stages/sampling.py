@@ -149,6 +149,7 @@ def evaluation(x: Experiment, *, device: str = "cpu", progress: Progress = silen
             others=others,
             probe=(_labelled(index, "train"), _labelled(index, "held_out")) if config.probe else None,
             num_neighbours=config.num_neighbours,
+            resamples=config.resamples,
             progress=progress,
         )
         if config.clip_score:

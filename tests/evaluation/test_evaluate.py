@@ -126,6 +126,20 @@ def test_it_repeats_itself(sets: dict[str, np.ndarray]) -> None:
     assert first["metrics"]["fd_pixels"]["others"] == {}
 
 
+def test_a_frechet_distance_has_a_bootstrap_error_where_it_is_asked_for(sets: dict[str, np.ndarray]) -> None:
+    """About the deviation over other draws of as many samples; nothing else changes."""
+    spaces = measured_spaces([pixel_extractor()], sets["reference"], sets["held_out"])
+    plain, with_error = (
+        evaluate(sets["samples"][:250], spaces, origin=ORIGIN, resamples=resamples) for resamples in (0, 100)
+    )
+    other = evaluate(sets["samples"][250:500], spaces, origin=ORIGIN)["metrics"]["fd_pixels"]["value"]
+    error = with_error["metrics"]["fd_pixels"].pop("deviation")
+    assert plain["metrics"]["fd_pixels"].pop("deviation") is None
+    assert with_error == plain
+    apart = abs(other - plain["metrics"]["fd_pixels"]["value"])
+    assert 0 < error < 0.5 * plain["metrics"]["fd_pixels"]["value"] and apart < 4 * 2**0.5 * error
+
+
 def test_few_images_come_with_warnings(sets: dict[str, np.ndarray]) -> None:
     """Forty held-out images are too few for 64 pixels: said of the floor, while the samples are enough."""
     found = evaluate(

@@ -1,0 +1,200 @@
+"""CIFAR-10: does depth pay? Arms that get the same training FLOPs, at two scales (docs/results.md).
+
+    l1        one network, no hierarchy
+    l1_star   one network as large as the deepest system's together
+    l2, l3    two and three levels, as the paper's first version has them: each level is told of the next one above, by
+              fusion. The denoiser of level 1 is then the same in both, and is trained once.
+
+An arm's levels share `Scale.tflops` of training, 6 x MACs x images, by SHARES. All arms train alike, with the
+initialisation, target and learning rate that suit l1, and see images in the same order.
+
+Each arm also comes sampled with guidance that a sweep chose (`_guided`; l1 has nothing to be told, so its guide is its
+own weights after a quarter of its training: `l1_autoguided`), and l1 with more contrast, since a judge may take
+contrast for quality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+from nestdiff_core.config import (
+    ConditioningConfig,
+    DiffusionConfig,
+    EncoderConfig,
+    EvaluationConfig,
+    ExperimentConfig,
+    ImagesConfig,
+    JudgeConfig,
+    LadderConfig,
+    LevelConfig,
+    SamplingConfig,
+    SweepConfig,
+    TrainConfig,
+    UViTConfig,
+)
+
+SHARES = {1: (1.0,), 2: (0.65, 0.35), 3: (0.65, 0.275, 0.075)}  # of an arm's FLOPs, from level 1 up
+CONTRAST = 1.2
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates of each denoiser for an image, in millions (tests/test_recipes.py holds them to count_macs).
+
+    one: without conditions. first: level 1, told of level 2. second, top_second: level 2, told of level 3 or of
+    nothing. third: level 3.
+    """
+
+    one: float
+    star: float
+    first: float
+    second: float
+    top_second: float
+    third: float
+
+    def of(self, depth: int, star: bool) -> tuple[float, ...]:
+        """From level 1 up."""
+        if depth == 1:
+            return (self.star if star else self.one,)
+        return (self.first, self.top_second) if depth == 2 else (self.first, self.second, self.third)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What one table is measured at; numbers of two scales are never compared. tflops: training of an arm."""
+
+    resolution: int
+    patch_size: int
+    one: UViTConfig
+    star: UViTConfig
+    above: UViTConfig
+    tflops: float
+    macs: Macs
+    train: TrainConfig
+
+    def num_steps(self, macs: float, share: float) -> int:
+        return round(share * self.tflops * 1e6 / (6.0 * macs * self.train.batch_size))
+
+
+def _model(width: int, depth: int, num_heads: int) -> UViTConfig:
+    return UViTConfig(width=width, depth=depth, num_heads=num_heads, position_init="sincos", weight_init="xavier")
+
+
+_TRAIN = TrainConfig(
+    batch_size=128,
+    lr=2e-3,
+    lr_decay="cosine",
+    beta2=0.99,
+    warmup_steps=200,
+    ema_decay=0.999,
+    grad_clip=1.0,
+    log_every=50,
+    checkpoint_every=500,
+    keep_every=500,
+)
+
+# Hours on two CPU cores: 16 tokens of 4x4 pixels.
+SMALL = Scale(
+    resolution=16,
+    patch_size=4,
+    one=_model(128, 6, 4),
+    star=_model(196, 6, 4),
+    above=_model(128, 4, 4),
+    tflops=200.0,
+    macs=Macs(one=25.803, star=59.891, first=32.782, second=25.179, top_second=18.298, third=2.120),
+    train=_TRAIN,
+)
+# One large GPU: 256 tokens of 2x2 pixels.
+LARGE = Scale(
+    resolution=32,
+    patch_size=2,
+    one=_model(384, 12, 6),
+    star=_model(456, 12, 6),
+    above=_model(384, 12, 6),
+    tflops=25_000.0,
+    macs=Macs(one=7028.4, star=9763.8, first=9188.8, second=566.01, top_second=424.25, third=49.619),
+    train=replace(_TRAIN, batch_size=256, lr=1e-3, precision="bfloat16", compile=True),
+)
+SCALES = {"16px": SMALL, "32px": LARGE}
+
+
+def arm(
+    scale: Scale, depth: int, *, star: bool = False, guided: bool = False, contrast: float = 1.0
+) -> ExperimentConfig:
+    """One arm of the table; see the module's docstring. star: the enlarged network of depth 1."""
+    levels = _levels(scale, depth, star)
+    if guided and depth == 1:
+        own, kept = levels[0], scale.train.keep_every
+        levels = (replace(own, guide_step=round(own.train.num_steps / 4 / kept) * kept),)
+    return ExperimentConfig(
+        images=ImagesConfig(source="webdataset", path="data/cifar10", resolution=scale.resolution, labels=True),
+        encoder=EncoderConfig(kind="torchvision", name="squeezenet1_0", weights="hub", input_size=80),
+        levels=levels,
+        conditioning=ConditioningConfig(levels="markov", injection="fusion"),
+        diffusion=DiffusionConfig(prediction="v"),
+        sampling=SamplingConfig(
+            num_evaluations=25, num_images=10_000, contrast=contrast, chosen_by="sweep" if guided else "config"
+        ),
+        evaluation=EvaluationConfig(
+            extractors=("pixels",),
+            judges=judges(f"data/judges_{scale.resolution}px", scale),
+            reference="held_out",
+            resamples=100,
+        ),
+        sweep=SweepConfig(guidance=(0.0, 0.5, 1.0, 2.0) if guided else (), num_images=2_000, metric="fd_classifier"),
+        ladder=LadderConfig(num_images=2_000),
+    )
+
+
+def judges(folder: str, scale: Scale) -> tuple[JudgeConfig, ...]:
+    """Networks that no arm was trained on or conditioned on, as scripts/judges.py makes them in `folder`."""
+    classifier = EncoderConfig(
+        kind="torchvision",
+        name="resnet18",
+        layer="layer4",
+        input_size=2 * scale.resolution,
+        weights=f"{folder}/classifier.safetensors",
+    )
+    return (
+        JudgeConfig(name="classifier", num_classes=10, encoder=classifier),
+        JudgeConfig(name="moco", encoder=EncoderConfig(kind="moco", weights=f"{folder}/moco")),
+    )
+
+
+def _levels(scale: Scale, depth: int, star: bool) -> tuple[LevelConfig, ...]:
+    models = (scale.star if star else scale.one, scale.above, scale.above)
+    plain = (
+        LevelConfig(level=1, patch_size=scale.patch_size),
+        LevelConfig(level=2, grid=4, channels=16, condition_noise=0.25),
+        LevelConfig(level=3, grid=1, channels=32, condition_noise=0.25),
+    )
+    return tuple(
+        replace(level, model=model, train=replace(scale.train, num_steps=scale.num_steps(macs, share)))
+        for level, model, macs, share in zip(plain, models, scale.macs.of(depth, star), SHARES[depth], strict=False)
+    )
+
+
+ARMS: dict[str, Callable[[Scale], ExperimentConfig]] = {
+    "l1": partial(arm, depth=1),
+    "l1_contrast": partial(arm, depth=1, contrast=CONTRAST),
+    "l1_autoguided": partial(arm, depth=1, guided=True),
+    "l1_star": partial(arm, depth=1, star=True),
+    "l1_star_autoguided": partial(arm, depth=1, star=True, guided=True),
+    "l2": partial(arm, depth=2),
+    "l2_guided": partial(arm, depth=2, guided=True),
+    "l3": partial(arm, depth=3),
+    "l3_guided": partial(arm, depth=3, guided=True),
+}
+
+
+def _recipe(name: str, make: Callable[[Scale], ExperimentConfig], scale: Scale) -> ExperimentConfig:
+    return replace(make(scale), name=name)
+
+
+RECIPES = {
+    (name := f"cifar10_{sides}_{short}"): partial(_recipe, name, make, scale)
+    for sides, scale in SCALES.items()
+    for short, make in ARMS.items()
+}

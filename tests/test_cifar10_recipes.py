@@ -1,0 +1,66 @@
+"""The arms of the CIFAR-10 table: what they cost, and what they share."""
+
+from __future__ import annotations
+
+import pytest
+
+from nestdiff_core.config import ExperimentConfig
+from nestdiff_core.models.nested import build_denoiser, count_macs
+from nestdiff_core.recipes import RECIPES
+from nestdiff_core.recipes.cifar10 import SCALES
+
+ARMS = ("l1", "l1_star", "l2", "l3")
+GUIDED = {"l1": "l1_autoguided", "l1_star": "l1_star_autoguided", "l2": "l2_guided", "l3": "l3_guided"}
+scales = pytest.mark.parametrize("sides", SCALES)
+
+
+def arm(sides: str, name: str) -> ExperimentConfig:
+    return RECIPES[f"cifar10_{sides}_{name}"]()
+
+
+def macs(config: ExperimentConfig) -> list[int]:
+    """Of each level's denoiser, from level 1 up."""
+    return [count_macs(build_denoiser(config, level.level, 0)) for level in config.levels]
+
+
+@scales
+@pytest.mark.parametrize("name", ARMS)
+def test_arms_of_a_scale_cost_the_same_to_train(sides: str, name: str) -> None:
+    """6 x MACs x images, summed over levels, within 1 % of the scale's FLOPs, as counted from the networks."""
+    config = arm(sides, name)
+    flops = sum(
+        6.0 * count * level.train.num_steps * level.train.batch_size
+        for count, level in zip(macs(config), config.levels, strict=True)
+    )
+    assert flops == pytest.approx(SCALES[sides].tflops * 1e12, rel=0.01)
+
+
+@scales
+def test_the_enlarged_network_is_as_large_as_the_deepest_system(sides: str) -> None:
+    assert sum(macs(arm(sides, "l1_star"))) == pytest.approx(sum(macs(arm(sides, "l3"))), rel=0.01)
+
+
+@scales
+def test_arms_differ_in_depth_and_size_alone(sides: str) -> None:
+    """Images, judges, sampling and all of training but the number of steps are shared; so is the order of images."""
+    one = arm(sides, "l1")
+    for name in ARMS[1:]:
+        config = arm(sides, name)
+        for part in ("images", "encoder", "diffusion", "sampling", "evaluation", "conditioning"):
+            assert getattr(config, part) == getattr(one, part), part
+        for level in config.levels:
+            assert {**vars(level.train), "num_steps": 0} == {**vars(one.level(1).train), "num_steps": 0}
+    assert arm(sides, "l2").level(1) == arm(sides, "l3").level(1)
+
+
+@scales
+def test_guided_arms_train_nothing_of_their_own(sides: str) -> None:
+    """They are sampled otherwise: same networks and training; level 1 alone is guided by a quarter of its own steps."""
+    for name, guided in GUIDED.items():
+        plain, other = arm(sides, name), arm(sides, guided)
+        assert [(level.model, level.train) for level in plain.levels] == [
+            (level.model, level.train) for level in other.levels
+        ]
+        assert other.sampling.chosen_by == "sweep"
+        step = other.level(1).guide_step
+        assert step == (0 if other.num_levels > 1 else pytest.approx(other.level(1).train.num_steps / 4, rel=0.1))
