@@ -14,10 +14,10 @@ from __future__ import annotations
 import argparse
 import math
 
-from nestdiff_core.cli.inspect import level_table
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.recipes import paper
+from nestdiff_core.tables import level_table
 
 HALF = 2  # bytes of a stored number
 

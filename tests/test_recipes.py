@@ -9,12 +9,12 @@ import sys
 import pytest
 import torch
 
-from nestdiff_core.cli.inspect import level_table, paper_table, total_row
 from nestdiff_core.config import UViTConfig
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.models import LatentTokens, NestedDenoiser, count_parameters
 from nestdiff_core.recipes import RECIPES
 from nestdiff_core.recipes import paper as rows
+from nestdiff_core.tables import level_table, paper_table, total_row
 
 NAMES = [
     *(f"iclr_coco_l{n}" for n in range(1, 6)),

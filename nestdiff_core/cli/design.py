@@ -35,9 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
     import numpy as np
 
     from nestdiff_core import stages
-    from nestdiff_core.cli.inspect import format_table
     from nestdiff_core.devices import choose_device
     from nestdiff_core.stores.reader import StoreReader
+    from nestdiff_core.tables import format_table
 
     given = {name: getattr(arguments, name) for name in ("nats", "growth", "variance")}
     changes = {name: value for name, value in given.items() if value is not None}

@@ -49,12 +49,12 @@ def run(arguments: argparse.Namespace) -> int:
         if value is not None and value < least:
             key = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{key} cannot be used", key=key, expected=f">= {least}", found=value, fix="Change it.")
-    from nestdiff_core.cli.inspect import format_table
     from nestdiff_core.devices import choose_device
     from nestdiff_core.evaluation.card import compare
     from nestdiff_core.evaluation.picture_sets import made_with, open_images
     from nestdiff_core.evaluation.report import evaluate
     from nestdiff_core.files import write_json
+    from nestdiff_core.tables import format_table
 
     earlier = _metrics(arguments.compare)
     against = _experiment(arguments.against)

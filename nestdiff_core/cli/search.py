@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from nestdiff_core.cli import run as run_verb
-    from nestdiff_core.cli.inspect import format_table
     from nestdiff_core.search import candidate, search_table
+    from nestdiff_core.tables import format_table
 
     config = load_experiment(arguments.experiment)
     given = {"level": arguments.level, "sigmas": arguments.sigmas and tuple(arguments.sigmas)}

@@ -14,7 +14,6 @@ import numpy as np
 
 from nestdiff_core import loading
 from nestdiff_core.artifacts import Artifact, code_version
-from nestdiff_core.cli.inspect import level_table, number_table, stage_table, total_row
 from nestdiff_core.config_io import to_dict
 from nestdiff_core.evaluation.figures import (
     history_plot,
@@ -41,6 +40,7 @@ from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stages.common import reuse
 from nestdiff_core.stages.neighbours import neighbour_pictures
 from nestdiff_core.stages.watch import IMAGES, MARGIN, best, from_the_top, history, is_worse
+from nestdiff_core.tables import level_table, number_table, stage_table, total_row
 
 PAGE = "report.html"
 PARTS = "parts.json"
