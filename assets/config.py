@@ -113,7 +113,7 @@ def with_runtime(config: ExperimentConfig, runtime: dg.Config) -> ExperimentConf
 
 
 def elsewhere(runtime: RuntimeConfig) -> bool:
-    """Whether samples are made by other processes than the run's own."""
+    """Whether images are made by other processes than the run's own."""
     return runtime.processes > 1 or runtime.launcher != "local"
 
 

@@ -1,10 +1,14 @@
 """What people look at: pictures of what each level decides, and the report of the whole experiment."""
 
+from typing import Any
+
 import dagster as dg
 
-from assets.config import POOL, asset_key, asset_spec, log_progress, refusals, runtime_config
+from assets.config import asset_key, asset_spec, log_progress, refusals
 from assets.report import picture, result
 from assets.resources import ArtifactRoot
+from assets.stage import stage_asset
+from nestdiff_core.artifacts import Artifact
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.experiment import Experiment, Ref
 
@@ -12,33 +16,21 @@ READ = ("denoiser", "samples", "evaluation", "ladder", "neighbours", "pictures",
 
 
 def build_pictures(experiment: ExperimentConfig) -> dg.AssetsDefinition:
-    spec = asset_spec(
+    return stage_asset(
         experiment,
-        Ref("pictures"),
+        "pictures",
         kinds={"pytorch"},
         description=(
             "What each level decides: samples that share the latents from some level up, with the levels below "
             "generated anew, and walks from one real image to another at each level."
         ),
+        show=_show_pictures,
     )
 
-    class Runtime(runtime_config(experiment)):
-        """How this run is done; what decides the result is changed in the experiment."""
 
-    @dg.multi_asset(name="pictures", specs=[spec], pool=POOL)
-    def pictures(context: dg.AssetExecutionContext, config: Runtime, artifacts: ArtifactRoot) -> dg.MaterializeResult:
-        from nestdiff_core import stages
-        from nestdiff_core.devices import choose_device
-
-        with refusals():
-            artifact = stages.pictures(
-                artifacts.experiment(experiment), device=choose_device(config.device), progress=log_progress(context)
-            )
-        files = [figure["file"] for figure in artifact.info["figures"]]
-        shown = {file.rpartition(".")[0]: picture((artifact.path / file).read_bytes()) for file in files}
-        return result(artifact, spec.key, **shown)
-
-    return pictures
+def _show_pictures(context: dg.AssetExecutionContext, x: Experiment, artifact: Artifact) -> dict[str, Any]:
+    files = [figure["file"] for figure in artifact.info["figures"]]
+    return {file.rpartition(".")[0]: picture((artifact.path / file).read_bytes()) for file in files}
 
 
 def build_report(experiment: ExperimentConfig) -> dg.AssetsDefinition:

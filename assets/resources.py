@@ -41,9 +41,9 @@ class Launcher(dg.ConfigurableResource):
         ref = Ref("denoiser", level)
         self._run(context, x, ref, "train", str(save_experiment(x.config, x.root)), f"--level={level}")
 
-    def sample(self, context: dg.AssetExecutionContext, x: Experiment) -> None:
-        """Make the stage `samples`."""
-        self._run(context, x, Ref("samples"), "run", str(save_experiment(x.config, x.root)), "--stage=samples")
+    def sample(self, context: dg.AssetExecutionContext, x: Experiment, stage: str = "samples") -> None:
+        """Make the stage `samples`, or `ladder`."""
+        self._run(context, x, Ref(stage), "run", str(save_experiment(x.config, x.root)), f"--stage={stage}")
 
     def _run(self, context: dg.AssetExecutionContext, x: Experiment, ref: Ref, *arguments: str) -> None:
         match x.config.runtime.launcher:

@@ -322,9 +322,9 @@ class Cascade:
         )
 
     @torch.no_grad()
-    def estimate_seconds(self, num_images: int) -> float:
-        """What the networks will take to sample so many images, from one call of each on a full batch (after another,
-        which warms up, where it has to)."""
+    def estimate_seconds(self, num_images: int | Mapping[int, int]) -> float:
+        """What the networks will take to sample so many images (or of each level so many latents), from one call of
+        each on a full batch (after another, which warms up, where it has to)."""
         config, seconds = self.config, 0.0
         device, size = torch.device(self.device), config.sampling.batch_size
         for level, denoiser in self.denoisers.items():
@@ -334,8 +334,9 @@ class Cascade:
                 start = time.monotonic()
                 with autocast(config.sampling.precision, device):
                     denoiser(*(inputs if guided else inputs[:-1])).sum().item()  # waits for the device
-            seconds += (time.monotonic() - start) * config.num_evaluations(level)
-        return seconds * -(-num_images // size)
+            images = num_images if isinstance(num_images, int) else num_images[level]
+            seconds += (time.monotonic() - start) * config.num_evaluations(level) * -(-images // size)
+        return seconds
 
     def without_conditions(
         self, image_indices: Iterable[int], *, seed: int, progress: Progress = silent

@@ -36,6 +36,7 @@ STAGES = (
     "report",
 )
 EXTRA = ("watch",)
+SHARED = ("samples", "ladder")  # by several processes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,8 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
             found=arguments.processes,
             fix="Change it.",
         )
-    if launch.under_torchrun() and arguments.stage == ["samples"]:
-        return _samples(experiment, arguments)
+    if launch.under_torchrun() and arguments.stage in [[stage] for stage in SHARED]:
+        return _share(experiment, arguments.stage[0], arguments)
     from nestdiff_core.devices import choose_device
 
     device = choose_device(arguments.device or experiment.config.runtime.device)
@@ -71,8 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
     for stage in arguments.stage or STAGES:
         if stage in optional:
             continue
-        if stage == "samples":
-            code = _samples(experiment, arguments)
+        if stage in SHARED:
+            code = _share(experiment, stage, arguments)
         else:
             with TerminalProgress() as progress:
                 code = _run_stage(experiment, stage, arguments, device, progress)
@@ -108,14 +109,14 @@ def _run_stage(
     return 0
 
 
-def _samples(experiment: Experiment, arguments: argparse.Namespace) -> int:
+def _share(experiment: Experiment, stage: str, arguments: argparse.Namespace) -> int:
     from nestdiff_core import stages
 
     runtime = experiment.config.runtime
     device = arguments.device or runtime.device
     return workers.share(
-        ["run", *_named(arguments), "--stage=samples", f"--device={device}"],
-        lambda device, progress: stages.samples(experiment, device=device, progress=progress),
+        ["run", *_named(arguments), f"--stage={stage}", f"--device={device}"],
+        lambda device, progress: getattr(stages, stage)(experiment, device=device, progress=progress),
         device=device,
         processes=arguments.processes or runtime.processes,
     )

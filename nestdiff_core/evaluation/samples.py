@@ -91,7 +91,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Blocks]) -> None:
                 file.write(np.ascontiguousarray(block, np.float16).data)
 
 
-def save_samples(path: Path, images: np.ndarray | Blocks, *, also: Mapping[str, np.ndarray] | None = None) -> None:
+def save_samples(
+    path: Path, images: np.ndarray | Blocks, *, also: Mapping[str, np.ndarray | Blocks] | None = None
+) -> None:
     """Write uint8 images (N, H, W, 1 or 3) so that equal images give equal bytes.
 
     also: further arrays by name; ADM's own files have class labels as arr_1.

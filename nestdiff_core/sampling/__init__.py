@@ -1,7 +1,7 @@
 """Sampling many images: in parts, by several processes, resumed where it stopped.
 
 parts.py deals images to processes and commits them part by part; folder.py writes sample sets for other programs.
-How one batch is sampled is diffusion/cascade.py's business; the stage `samples` is in stages/sampling.py.
+How one batch is sampled is diffusion/cascade.py's business; the stages `samples` and `ladder` are in stages/.
 """
 
 from nestdiff_core.sampling.folder import FORMATS, write_folder, write_npz_file

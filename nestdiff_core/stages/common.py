@@ -1,13 +1,16 @@
-"""What stages share: reuse of what is there, and the check that an encoder can serve a level."""
+"""What stages share: reuse of what is there, work that processes share, and whether an encoder can serve a level."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
-from nestdiff_core.artifacts import Artifact
+from nestdiff_core.artifacts import Artifact, ArtifactWriter
 from nestdiff_core.config import LevelConfig
 from nestdiff_core.errors import ConfigError, IntegrityError
 from nestdiff_core.experiment import Experiment, Ref
+from nestdiff_core.sampling.parts import rank, together
 
 logger = logging.getLogger("nestdiff")
 
@@ -30,6 +33,21 @@ def reuse(x: Experiment, ref: Ref, *, weights: str | None = None) -> Artifact | 
     for needed in x.inputs(ref):
         x.artifact(needed).verify()
     return None
+
+
+@contextlib.contextmanager
+def writing_together(x: Experiment, ref: Ref) -> Iterator[tuple[ArtifactWriter, ArtifactWriter | None]]:
+    """Write an artifact in each process of a torchrun group: the writer of its parts, and in the first process that of
+    the artifact, to be sealed within the block. Processes meet before and behind it.
+
+    Parts stay on this machine, whatever object storage there is: they are gone once the artifact is whole.
+    """
+    parts = ArtifactWriter(x.path(ref), x.header(ref))
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(x.writing(ref, keep_parts=True)) if rank() == 0 else None
+        together()
+        yield parts, writer
+    together()
 
 
 def require_features(level: LevelConfig, stage: str, *, channels: int, side: int) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,24 +11,29 @@ import numpy as np
 
 from nestdiff_core import loading
 from nestdiff_core.artifacts import Artifact, ArtifactWriter
-from nestdiff_core.errors import IntegrityError
 from nestdiff_core.evaluation.card import MetricCard, SampleOrigin
 from nestdiff_core.evaluation.extractors import estimate_seconds
 from nestdiff_core.evaluation.reference import BICUBIC
 from nestdiff_core.evaluation.report import Labelled, evaluate
 from nestdiff_core.evaluation.samples import Blocks, StoredSamples, save_samples, write_npz, write_safetensors
 from nestdiff_core.experiment import Experiment, Ref
-from nestdiff_core.files import PARTS, write_json
+from nestdiff_core.files import write_json
 from nestdiff_core.images.index import ImageIndex
 from nestdiff_core.progress import Progress, duration, silent
-from nestdiff_core.sampling.parts import Part, holds, in_parts, make_parts, rank, together
-from nestdiff_core.stages.common import logger, reuse
+from nestdiff_core.sampling.parts import (
+    WHOLE,
+    Part,
+    in_parts,
+    make_parts,
+    part_file,
+    part_size,
+    read_parts,
+    remove_parts,
+)
+from nestdiff_core.stages.common import logger, reuse, writing_together
 from nestdiff_core.stages.reference import open_spaces
 
-SHARDS = "shards"  # of a sample set that is not whole yet
-WHOLE = "whole"  # the part that the finished files are
 IMAGES, BARE = "images", "without_conditions"
-_LEAST_PART = 50  # images
 
 
 def samples(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -> Artifact:
@@ -42,31 +45,23 @@ def samples(x: Experiment, *, device: str = "cpu", progress: Progress = silent) 
     ref, config = Ref("samples"), x.config.sampling
     if (made := reuse(x, ref)) is not None:
         return made
-    size = config.batch_size * -(-_LEAST_PART // config.batch_size)
-    parts = in_parts(config.num_images, size)
-    # Parts stay on this machine, whatever object storage there is: they are gone once the set is whole.
-    shards = ArtifactWriter(x.path(ref), x.header(ref))
-    with ExitStack() as stack:
-        writer = stack.enter_context(x.writing(ref, keep_parts=True)) if rank() == 0 else None
-        together()
+    parts = in_parts(config.num_images, part_size(config.batch_size))
+    with writing_together(x, ref) as (shards, writer):
         if shards.part(WHOLE) is None:
-            cascade = partial(loading.Cascade, x, device=device)
-            make_parts(shards, parts, cascade, _maker(x, shards.path / SHARDS), progress=progress)
+            make_parts(shards, parts, partial(loading.Cascade, x, device=device), _maker(x, shards), progress=progress)
             if writer is not None:
                 _join(x, shards, parts)
         if writer is not None:
             whole = shards.part(WHOLE)
             assert whole is not None
-            for part in parts:
-                (shards.path / PARTS / f"{part.name}.json").unlink(missing_ok=True)
-            if (shards.path / SHARDS).is_dir():
-                shutil.rmtree(shards.path / SHARDS)
+            remove_parts(shards, parts)
             writer.seal(images=config.num_images, minimum=whole["minimum"], maximum=whole["maximum"])
-    together()
     return x.artifact(ref)
 
 
-def _maker(x: Experiment, folder: Path) -> Callable[[loading.Cascade, Part, Callable[[int], None]], list[Path]]:
+def _maker(
+    x: Experiment, shards: ArtifactWriter
+) -> Callable[[loading.Cascade, Part, Callable[[int], None]], list[Path]]:
     """What a part holds: images, the latents above level 1, and images without conditions."""
     seed = x.config.sampling.seed
 
@@ -76,8 +71,8 @@ def _maker(x: Experiment, folder: Path) -> Callable[[loading.Cascade, Part, Call
         arrays |= {f"z_{m}": z_m.half().numpy() for m, z_m in z.items() if m > 1}
         if x.config.num_levels > 1:
             arrays[BARE] = cascade.images(part.indices, cascade.without_conditions(part.indices, seed=seed))
-        write_npz(folder / f"{part.name}.npz", arrays)
-        return [folder / f"{part.name}.npz"]
+        write_npz(part_file(shards, part), arrays)
+        return [part_file(shards, part)]
 
     return make
 
@@ -85,18 +80,7 @@ def _maker(x: Experiment, folder: Path) -> Callable[[loading.Cascade, Part, Call
 def _join(x: Experiment, shards: ArtifactWriter, parts: list[Part]) -> None:
     """The finished files from the parts, one part in memory at a time."""
     path, count, extremes = shards.path, x.config.sampling.num_images, [255, 0]
-    for part in parts:
-        if not holds(shards, part):
-            raise IntegrityError(
-                "A part of the sample set has changed since it was made",
-                path=path / SHARDS / f"{part.name}.npz",
-                fix="Run the same command again: only this part is made anew.",
-            )
-
-    def blocks(name: str) -> Iterator[np.ndarray]:
-        for part in parts:
-            with np.load(path / SHARDS / f"{part.name}.npz", allow_pickle=False) as arrays:
-                yield arrays[name]
+    blocks = partial(read_parts, shards, parts)
 
     def pictures(name: str) -> Blocks:
         side, channels = x.config.images.resolution, x.config.images.channels

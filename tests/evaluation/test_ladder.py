@@ -15,6 +15,7 @@ from PIL import Image
 from nestdiff_core import loading, stages
 from nestdiff_core.cli import main
 from nestdiff_core.config import DiffusionConfig, ExperimentConfig, LadderConfig
+from nestdiff_core.errors import IntegrityError
 from nestdiff_core.evaluation.extractors import extract, pixel_extractor
 from nestdiff_core.evaluation.figures import ladder_plot
 from nestdiff_core.evaluation.image_metrics import image_metrics
@@ -22,6 +23,7 @@ from nestdiff_core.evaluation.ladder import image_ladder, ladder_table, level_nu
 from nestdiff_core.evaluation.samples import StoredSamples, load_samples
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.recipes import toy
+from nestdiff_core.sampling import parts
 
 
 def pictures(n: int, seed: int, noise: float) -> np.ndarray:
@@ -239,3 +241,33 @@ def test_a_stopped_ladder_goes_on_at_the_next_rung(made: Experiment, monkeypatch
     assert asked == [0, 1, 1, 2]
     for k, images in before.items():
         np.testing.assert_array_equal(StoredSamples(whole.path / f"rung_{k}.npz").read(0, 10), images)
+
+
+def test_processes_share_the_rungs(made: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two processes makes every second part and seals nothing; the other makes the rest and puts them together,
+    to the same bytes as one process alone."""
+    config = replace(
+        made.config, ladder=LadderConfig(num_images=15), sampling=replace(made.config.sampling, batch_size=9)
+    )
+    x = Experiment(config, made.root)
+    alone, path = stages.ladder(x).digest, x.path(Ref("ladder"))
+    shutil.rmtree(path)
+    latents, asked = loading.Cascade.latents, []
+    monkeypatch.setattr(parts, "LEAST_PART", 9)
+
+    def count(self: Any, indices: range, **request: Any) -> Any:
+        asked.append((len(request["given"]), len(indices)))
+        return latents(self, indices, **request)
+
+    monkeypatch.setattr(loading.Cascade, "latents", count)
+    with monkeypatch.context() as second:
+        second.setattr(parts.dist, "is_initialized", lambda: True)
+        second.setattr(parts.dist, "get_rank", lambda: 1)
+        second.setattr(parts.dist, "get_world_size", lambda: 2)
+        second.setattr(parts.dist, "barrier", lambda: None)
+        with pytest.raises(IntegrityError, match="has not been made"):
+            stages.ladder(x)
+    assert asked == [(0, 6), (1, 6), (2, 6)]
+    whole = stages.ladder(x)
+    assert asked[3:] == [(0, 9), (1, 9), (2, 9)]
+    assert whole.digest == alone and not (path / "shards").exists() and not list(path.glob("_parts/rung_*"))
