@@ -166,8 +166,14 @@ def _pictures_inputs(c: ExperimentConfig, level: int) -> tuple[Ref, ...]:
 
 
 def _watch_config(c: ExperimentConfig, level: int) -> dict[str, Any]:
-    """The yardstick: what must be the same for two numbers of the history to be compared."""
-    return {**_ladder_config(c, level), **deciding(c.watch)}
+    """The yardstick: what must be the same for two numbers of the history to be compared. A sweep chooses for finished
+    weights, so nothing here follows it."""
+    config = _ladder_config(c, level)
+    return {
+        **config,
+        "sampling": {k: v for k, v in config["sampling"].items() if k != "chosen_by"},
+        **deciding(c.watch),
+    }
 
 
 def _watch_inputs(c: ExperimentConfig, level: int) -> tuple[Ref, ...]:

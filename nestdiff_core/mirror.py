@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import io
 import json
 import logging
@@ -90,17 +91,7 @@ class Mirror:
 
     def _unpack(self, path: Path, sealed: bytes) -> None:
         """Write the members of an artifact.tar, the manifest last, as it was packed."""
-        try:
-            with tarfile.open(fileobj=io.BytesIO(sealed)) as tar:
-                members = {m.name: tar.extractfile(m) for m in tar.getmembers() if m.isreg()}
-                files = {name: file.read() for name, file in members.items() if file is not None}
-            manifest = json.loads(files[MANIFEST])
-        except (tarfile.TarError, KeyError, ValueError) as error:
-            raise IntegrityError(
-                f"{SEALED} cannot be read ({error})",
-                path=f"{self.remote.url}/{self._key(path, SEALED)}",
-                fix="Remove it from object storage, and materialise its stage again.",
-            ) from error
+        manifest, files = self._members(path, sealed)
         large = {name: record for name, record in _small_files(manifest).items() if name not in files}
         for name in (*large, *(n for n in manifest["files"] | manifest["beside"] if n in files), MANIFEST):
             if ".." in Path(name).parts or Path(name).is_absolute():
@@ -115,6 +106,20 @@ class Mirror:
                 check_file(path / name, large[name])
             else:
                 write_bytes(path / name, files[name])
+
+    def _members(self, path: Path, sealed: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """The manifest of an artifact.tar, and its files by name."""
+        try:
+            with tarfile.open(fileobj=io.BytesIO(sealed)) as tar:
+                members = {m.name: tar.extractfile(m) for m in tar.getmembers() if m.isreg()}
+                files = {name: file.read() for name, file in members.items() if file is not None}
+            return json.loads(files[MANIFEST]), files
+        except (tarfile.TarError, KeyError, ValueError) as error:
+            raise IntegrityError(
+                f"{SEALED} cannot be read ({error})",
+                path=f"{self.remote.url}/{self._key(path, SEALED)}",
+                fix="Remove it from object storage, and materialise its stage again.",
+            ) from error
 
     def _large(self, path: Path, record: dict[str, Any]) -> str:
         """Key of a large file: by what it holds, so that machines that make the same artifact at once do not overwrite
@@ -158,6 +163,22 @@ class Mirror:
         size = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "strict").size
         manifest = self.remote.read(key, tarfile.BLOCKSIZE, tarfile.BLOCKSIZE + size)
         return None if manifest is None else json.loads(manifest)
+
+    def read(self, path: Path, name: str) -> bytes | None:
+        """A small file of the artifact of `path` as it is in object storage now, whatever is here; None without one."""
+        if (sealed := self.remote.read(self._key(path, SEALED))) is None:
+            return None
+        manifest, files = self._members(path, sealed)
+        if (data := files.get(name)) is None or name not in manifest["files"]:
+            return None
+        if hashlib.sha256(data).hexdigest() != manifest["files"][name]["sha256"]:
+            raise IntegrityError(
+                f"A file within {SEALED} has changed since it was written",
+                path=f"{self.remote.url}/{self._key(path, SEALED)}",
+                key=name,
+                fix="Remove it from object storage, and materialise its stage again.",
+            )
+        return data
 
     def _adopt(self, path: Path) -> bool:
         logger.warning("Another machine has made %s first; its result is taken.", path.relative_to(self.root))

@@ -4,6 +4,7 @@
 
 Core functions take `progress: Progress | None = None` and call it as often as they like; a listener decides
 how often to show it. A terminal gets a tqdm bar, a Dagster run a line in its log and a point of its plots now and then.
+Numbers that are parts of another (`loss_t0.25` of `loss`, see `part_of`) go to the plots only.
 """
 
 from __future__ import annotations
@@ -19,6 +20,15 @@ from tqdm import tqdm
 @runtime_checkable
 class Progress(Protocol):
     def __call__(self, done: int, total: int, what: str, **numbers: float) -> None: ...
+
+
+def part_of(name: str) -> str:
+    """The number that one by this name is a part of: of `loss_t0.25`, `loss`; else itself."""
+    return name.partition("_t0.")[0]
+
+
+def _in_a_line(numbers: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in numbers.items() if part_of(name) == name}
 
 
 def silent(done: int, total: int, what: str, **numbers: float) -> None:
@@ -54,7 +64,7 @@ class TerminalProgress:
             self._what, self._bar = what, tqdm(total=total, desc=what, file=sys.stderr, dynamic_ncols=True)
         self._bar.total = total
         self._bar.update(done - self._bar.n)
-        if numbers:
+        if numbers := _in_a_line(numbers):
             self._bar.set_postfix({k: f"{v:.4g}" for k, v in numbers.items()}, refresh=False)
         if done >= total:
             self.close()
@@ -77,7 +87,7 @@ class LogProgress:
         now = time.monotonic()
         if what != self._what:  # a new piece of work starts quietly
             self._what, self._numbers, self._shown = what, {}, now
-        self._numbers = numbers or self._numbers  # what was last measured is shown until something newer is
+        self._numbers = _in_a_line(numbers) or self._numbers  # what was last measured is shown until something newer is
         if done < total and now - self._shown < self.interval_seconds:
             return
         self._shown = now

@@ -40,3 +40,13 @@ def test_plots_get_some_hundred_points(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 500 < len(told) < 600
     assert [point["held_out"] for point in told if 1 < point["step"] < 1000] == [5.0] * 99
     assert told[1]["step"] - told[0]["step"] == 10 and told[-2]["step"] - told[-3]["step"] > 700
+
+
+def test_parts_of_a_number_are_plotted_and_not_in_the_line() -> None:
+    """Four quarters of a loss: a log says the loss, plots get all five numbers."""
+    lines: list[str] = []
+    told: list[dict[str, float]] = []
+    progress = all_of(LogProgress(lines.append, interval_seconds=0.0), NumbersProgress(told.append))
+    numbers = {"loss": 0.5, **{f"loss_t{quarter / 4:.2f}": float(quarter) for quarter in range(4)}}
+    progress(1, 1, "a", **numbers)
+    assert lines == ["a: 1 of 1, loss 0.5"] and told == [{"step": 1, **numbers}]

@@ -23,6 +23,7 @@ from nestdiff_core.errors import ConfigError, InputError, IntegrityError
 from nestdiff_core.evaluation.samples import load_samples
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.files import read_json
+from nestdiff_core.progress import NumbersProgress
 from nestdiff_core.recipes import toy
 from nestdiff_core.stages import hierarchy
 from nestdiff_core.stages.data import read_ahead
@@ -245,13 +246,16 @@ def test_changed_settings_say_what_was_begun(made: Experiment, caplog: pytest.Lo
 
 
 def test_tensorboard_has_every_line(made: Experiment) -> None:
-    """Its event files hold the history's numbers, each step once however often training stopped."""
+    """Its event files hold the history's numbers, each step once however often training stopped; the live plots get
+    losses by noise level, too."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     level = replace(made.config.level(2), train=replace(made.config.level(2).train, num_steps=40, log_every=5))
     x = Experiment(replace(made.config, levels=(made.config.level(1), level)), made.root)
+    plotted: list[dict[str, float]] = []
+    told = NumbersProgress(plotted.append, interval_seconds=0.0, share=0.0)
     for until in (12, 25, None):
-        artifact = stages.train(x, 2, until_step=until)
+        artifact = stages.train(x, 2, until_step=until, progress=told)
     assert artifact is not None
     history = read_json(artifact.path / "history.json")
     events = EventAccumulator(str(artifact.path / "tensorboard"))
@@ -260,6 +264,8 @@ def test_tensorboard_has_every_line(made: Experiment) -> None:
         scalars = events.Scalars(f"level_2/{name}")
         assert [s.step for s in scalars] == [line["step"] for line in history] == list(range(5, 41, 5))
         np.testing.assert_allclose([s.value for s in scalars], [line[name] for line in history], rtol=1e-6)
+    for name in ("loss", "loss_t0.00", "loss_t0.75", "held_out_loss_t0.25"):
+        assert plotted[-1][name] == history[-1][name]
     assert artifact.verify()  # they are beside the artifact, not part of it
 
 

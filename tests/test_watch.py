@@ -14,7 +14,7 @@ import torch
 
 from nestdiff_core import loading, stages
 from nestdiff_core.cli import main
-from nestdiff_core.config import WatchConfig
+from nestdiff_core.config import SweepConfig, WatchConfig
 from nestdiff_core.errors import IntegrityError
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.newest import newest_weights
@@ -95,6 +95,16 @@ def test_a_checkpoint_that_is_damaged_or_gone_is_passed_over(toy_run: Any, tmp_p
     (folder / "step_00000120" / "state.json").write_text("{}")
     weights = newest_weights(x, 2)
     assert weights is not None and weights.step == 100
+
+
+def test_a_sweep_begins_no_new_history() -> None:
+    """It chooses for finished weights: who lets it choose keeps the numbers so far, and another guidance does not."""
+    config, watched = toy(), Ref("watch")
+    sweep, sampling = SweepConfig(num_evaluations=(5,)), replace(config.sampling, chosen_by="sweep")
+    guided = replace(config, levels=(replace(config.level(1), guidance=9.0), config.level(2)))
+    here = Experiment(config).config_hash(watched)
+    assert Experiment(replace(config, sampling=sampling, sweep=sweep)).config_hash(watched) == here
+    assert Experiment(guided).config_hash(watched) != here
 
 
 def test_a_history_that_somebody_has_edited_is_refused(x: Experiment) -> None:

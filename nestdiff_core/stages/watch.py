@@ -4,12 +4,14 @@
     images     the whole cascade, once every level has weights, against training images
 
 Everything but the weights is held: images, latents, seeds, sampling, guidance. These are the yardstick, whose
-fingerprint is the address of the history, so that all numbers in one history compare. Training is only read from, and
-not waited for. Weights that have been judged are not judged again: the same ones would give the same numbers.
+fingerprint is the address of the history, so that all numbers in one history compare. A sweep's choice is therefore not
+sampled with: it is of finished weights, and with each the numbers would begin anew. Training is only read from, and not
+waited for. Weights that have been judged are not judged again: the same ones would give the same numbers.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -59,7 +61,7 @@ def watch(x: Experiment, *, device: str = "cpu", progress: Progress = silent) ->
         reference(x, device=device, progress=progress)
     if (sealed := x.find(ref)) is not None:
         sealed.verify()
-    known = {record["key"]: record for record in history(x)}
+    known = {record["key"] for record in _everywhere(x)}
     wanted = {str(level): _key(weights) for level, (weights, _) in opened.items()}
     if len(opened) == len(levels):
         wanted[IMAGES] = fingerprint(sorted(wanted.values()))
@@ -68,8 +70,7 @@ def watch(x: Experiment, *, device: str = "cpu", progress: Progress = silent) ->
         new[wanted[what]] = {"key": wanted[what], "what": what, **record}
     x.find(ref)  # another process may have added to it meanwhile, which is no conflict
     with x.writing(ref, keep_parts=True) as writer:
-        records = history(x)
-        records += [record for key, record in new.items() if key not in {r["key"] for r in records}]
+        records = _joined(_everywhere(x), list(new.values()))
         write_json(writer.path / HISTORY, records)
         now = {record["key"]: record for record in records}
         return writer.seal(
@@ -83,6 +84,17 @@ def history(x: Experiment, what: str | None = None) -> list[Record]:
     path = x.path(Ref("watch")) / HISTORY
     records = read_json(path, stage="watch") if path.is_file() else []
     return [record for record in records if what in (None, record["what"])]
+
+
+def _everywhere(x: Experiment) -> list[Record]:
+    """The history, with what other machines have put into object storage since."""
+    told = None if x.mirror is None else x.mirror.read(x.path(Ref("watch")), HISTORY)
+    return _joined(json.loads(told) if told else [], history(x))
+
+
+def _joined(records: list[Record], more: list[Record]) -> list[Record]:
+    known = {record["key"] for record in records}
+    return records + [record for record in more if record["key"] not in known]
 
 
 def best(records: Sequence[Record], current: Record) -> Record:

@@ -27,7 +27,7 @@ from nestdiff_core.diffusion.schedule import NoiseSchedule, make_schedule
 from nestdiff_core.errors import ConfigError, Interrupted, NumericsError, memory_faults
 from nestdiff_core.models.nested import build_denoiser, count_macs
 from nestdiff_core.precision import autocast, matrix_precision
-from nestdiff_core.progress import Progress, silent
+from nestdiff_core.progress import Progress, part_of, silent
 from nestdiff_core.training import group
 from nestdiff_core.training.ahead import Ahead
 from nestdiff_core.training.begin import forked_checkpoint, published_weights
@@ -54,7 +54,8 @@ from nestdiff_core.training.report import (
 VALIDATION_IMAGES = 512
 VALIDATION_SEED = 2**31 - 1
 NAMED = 5  # images that an error names
-SHOWN = ("loss", "held_out_loss", "gradient_norm", "images_per_second", "mfu", "loader_wait")  # while it runs
+# While it runs, with the parts of losses by noise level.
+SHOWN = ("loss", "held_out_loss", "gradient_norm", "images_per_second", "mfu", "loader_wait")
 
 
 def ignore(_: object) -> None:
@@ -414,7 +415,7 @@ class Trainer:
                 if at_log:
                     log(self._log(batches.waited - waited))
                     waited = batches.waited
-                    shown = {k: v for k, v in self.history[-1].items() if k in SHOWN}
+                    shown = {k: v for k, v in self.history[-1].items() if part_of(k) in SHOWN}
                 progress(self.step, self.train.num_steps, f"level {self.level}", **shown)
                 if at_save:
                     self.save()

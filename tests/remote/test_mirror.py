@@ -20,7 +20,7 @@ from zarr.storage import ObjectStore
 from nestdiff_core import loading, mirror, stages
 from nestdiff_core.artifacts import Artifact
 from nestdiff_core.cli import main
-from nestdiff_core.config import EncoderConfig, ExperimentConfig, ImagesConfig
+from nestdiff_core.config import EncoderConfig, ExperimentConfig, ImagesConfig, WatchConfig
 from nestdiff_core.encoders import extract
 from nestdiff_core.errors import IntegrityError
 from nestdiff_core.evaluation.extractors import extract_all
@@ -28,6 +28,7 @@ from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.files import is_bulk
 from nestdiff_core.recipes import toy
 from nestdiff_core.stages.reference import extractors, open_statistics
+from nestdiff_core.stages.watch import history
 
 FEATURES = Ref("features")
 
@@ -306,6 +307,24 @@ def test_reference_statistics_are_made_once(machines: Machines, monkeypatch: pyt
     assert stages.reference(machines("a")).digest == made.digest and len(passes) == 3
     train = open_statistics(machines("a"), "train", extractors(machines("a")))
     assert train["pixels"].count == loading.open_index(b).splits.tolist().count("train")
+
+
+def test_two_machines_watch_into_one_history(machines: Machines, toy_run: Any) -> None:
+    """Each judges weights that the other has not; neither's numbers are lost, nor made twice, whoever comes last."""
+    config = replace(toy(), watch=WatchConfig(num_images=20, resamples=10))
+    a, b = machines("a", config), machines("b", config)
+    for x, steps in ((a, 10), (b, 15)):
+        for stage in ("images", "encoder", "features", "moments", "svd_basis", "latents", "reference"):
+            shutil.copytree(toy_run.root / stage, x.root / stage)
+        stages.train(x, 2, until_step=steps)
+        stages.watch(x)
+    assert [record["step"] for record in history(b)] == [10, 15]
+    stages.train(a, 2, until_step=18)
+    stages.watch(a)
+    assert [record["step"] for record in history(a)] == [10, 15, 18]
+    stages.train(b, 2, until_step=18)
+    made = stages.watch(b)
+    assert made is not None and history(b) == history(a) and made.info["newest"]["2"]["step"] == 18
 
 
 def test_what_was_made_before_is_put_there(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
