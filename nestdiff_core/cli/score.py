@@ -51,6 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"{key} cannot be used", key=key, expected=f">= {least}", found=value, fix="Change it.")
     from nestdiff_core.devices import choose_device
     from nestdiff_core.evaluation.card import compare
+    from nestdiff_core.evaluation.image_metrics import require_same_shape
     from nestdiff_core.evaluation.picture_sets import made_with, open_images
     from nestdiff_core.evaluation.report import evaluate
     from nestdiff_core.files import write_json
@@ -64,6 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     images = open_images(arguments.images, resolution=resolution, num_images=arguments.num_images)
     with TerminalProgress() as progress:
         spaces = _spaces(arguments, x, against, device, progress)
+        for space in spaces:  # before a network is given what it cannot read
+            require_same_shape(images[0].shape, space.reference.image_shape)
         _estimate(arguments.images, images, [space.extractor for space in spaces], arguments.batch_size)
         record = evaluate(
             images,

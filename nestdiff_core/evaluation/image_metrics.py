@@ -106,15 +106,7 @@ def feature_metrics(
     long as fd. Raises IntegrityError for images of different shapes or features of different dimensions,
     NumericsError for a value that is not finite.
     """
-    shapes = {samples.image_shape, reference.image_shape} - {None}
-    if len(shapes) > 1:
-        raise IntegrityError(
-            "Samples and reference have different shapes",
-            stage="evaluation",
-            expected=reference.image_shape,
-            found=samples.image_shape,
-            fix="Take the reference from the images that the model was trained on.",
-        )
+    require_same_shape(samples.image_shape, reference.image_shape)
     if samples.gaussian.dimension != reference.gaussian.dimension:
         raise IntegrityError(
             "Samples and reference have features of different dimensions",
@@ -142,6 +134,18 @@ def feature_metrics(
     own = {name(k): {**common, **part.settings} for part in parts for k in part.values}
     warnings = tuple(text for part in parts for text in part.warnings)
     return Numbers(values, deviations, warnings, settings, own, extractor, samples, reference)
+
+
+def require_same_shape(samples: tuple[int, ...] | None, reference: tuple[int, ...] | None) -> None:
+    """Refuse images (H, W, C) of another shape than the reference's, with an IntegrityError; None is not known."""
+    if samples is not None and reference is not None and samples != reference:
+        raise IntegrityError(
+            "Samples and reference have different shapes",
+            stage="evaluation",
+            expected=reference,
+            found=samples,
+            fix="Compare images of one resolution and one number of channels, as the model was trained on.",
+        )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@ images' labels and noise, so that
 is what generating z_l instead of knowing it adds, 0 for a perfect denoiser. D_1 less that of the held-out images
 themselves is the autoencoder's.
 
+The reverse, generated latents above true ones, changes no image: with true z_1 there is nothing left to generate. What
+generated conditions do to the level below them is `ancestral` beside `conditional`.
+
 Beside it, each level's latents against as many training ones: `conditional` (given true latents of held-out images
 above; at the top, with nothing above, `unconditional`), `ancestral` (given generated ones), and what to expect:
 

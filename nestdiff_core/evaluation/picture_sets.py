@@ -11,6 +11,7 @@ Pictures keep their size unless a resolution is asked for; then they come to it 
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,8 +161,11 @@ class _Joined:
 
 
 def _array(path: Path, resolution: int | None) -> Images:
-    with np.load(path, allow_pickle=False) as archive:
-        names = list(archive.files)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = list(archive.files)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise _unreadable(path) from error
     if "arr_0" not in names:
         raise InputError(
             "The file holds no images",
@@ -184,7 +188,10 @@ def _array(path: Path, resolution: int | None) -> Images:
                 found=error.found,
                 fix="Save values from 0 to 255 as uint8; to_uint8 makes them of network outputs.",
             ) from error
-        images = load_samples(path)  # compressed, or in another order: as a whole
+        try:
+            images = load_samples(path)  # compressed, or in another order: as a whole
+        except IntegrityError as damage:
+            raise _unreadable(path) from damage
     if resolution is not None and images[0].shape[0] != resolution:
         raise IntegrityError(
             "The images have another resolution",
@@ -195,6 +202,16 @@ def _array(path: Path, resolution: int | None) -> Images:
             fix="Compare images of one resolution: arrays are not resized.",
         )
     return images
+
+
+def _unreadable(path: Path) -> InputError:
+    return InputError(
+        "The file cannot be read",
+        stage="evaluation",
+        path=path,
+        expected="an .npz, as numpy.savez writes it",
+        fix="Get or make it again.",
+    )
 
 
 def _sample_set(folder: Path, resolution: int | None) -> Images:

@@ -175,12 +175,21 @@ def test_a_sample_set_is_scored_when_it_is_whole(
 
 
 def test_what_cannot_be_scored_is_refused(tmp_path: Path, real: str, capsys: Any) -> None:
-    """Each with its exit code: a missing place, other arrays, floats, one image, another size, another number, a broken
-    picture, an unknown space, statistics of another space."""
+    """Each with its exit code: a missing place, other arrays, files that are no archives, floats, one image, another
+    size, another number, a broken picture, an unknown space, statistics of another space."""
     against = ["--against", real]
     assert refused(capsys, str(tmp_path / "absent"), *against)["code"] == 3
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     assert refused(capsys, str(tmp_path / "other.npz"), *against)["found"] == ["x"]
+    np.savez_compressed(tmp_path / "whole.npz", arr_0=random_images(20, 0))
+    whole, broken = (tmp_path / "whole.npz").read_bytes(), tmp_path / "broken.npz"
+    flipped = whole[:200] + bytes(200) + whole[400:]
+    np.save(tmp_path / "array.npy", random_images(20, 0))
+    for content in (b"PK123", whole[: len(whole) // 2], flipped, (tmp_path / "array.npy").read_bytes()):
+        broken.write_bytes(content)
+        refusal = refused(capsys, str(broken), *against)
+        assert (refusal["code"], refusal["error"], refusal["path"]) == (3, "The file cannot be read", str(broken))
+        assert refused(capsys, real, "--against", str(broken))["path"] == str(broken)
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((9, 12, 12, 3)))
     refusal = refused(capsys, str(tmp_path / "floats.npz"), *against)
     assert refusal["code"] == 3 and "float64" in refusal["found"]
