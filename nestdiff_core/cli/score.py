@@ -9,6 +9,7 @@ evaluator has them, or a folder of those that --save-reference wrote. Prints a t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
     x = against or (Experiment(load_experiment(arguments.experiment)) if arguments.experiment else None)
     device = choose_device(arguments.device or (x.config.runtime.device if x else "auto"))
     resolution = arguments.resolution or (against.config.images.resolution if against else None)
-    images = open_images(arguments.images, resolution=resolution, num_images=arguments.num_images)
+    channels = against.config.images.channels if against else None
+    images = open_images(arguments.images, resolution=resolution, channels=channels, num_images=arguments.num_images)
     with TerminalProgress() as progress:
         spaces = _spaces(arguments, x, against, device, progress)
         for space in spaces:  # before a network is given what it cannot read
@@ -164,6 +166,13 @@ def _extractors(arguments: argparse.Namespace, x: Experiment | None, device: str
             inception_weights=weights,
         )
         return extractors(Experiment(replace(x.config, evaluation=config), x.root), device=device)
+    if "encoder" in names:
+        raise ConfigError(
+            "The encoder's space needs the experiment that it is of",
+            key="--experiment",
+            expected="an experiment",
+            fix="Name it, or leave encoder out of --extractors.",
+        )
     if "inception" in names and not weights:
         raise ConfigError(
             "Inception needs its weights",
@@ -214,7 +223,9 @@ def _metrics(path: Path | None) -> dict[str, Any]:
 
     if path is None:
         return {}
-    record = read_json(path)
+    record = None
+    with contextlib.suppress(IntegrityError):  # whose cure is for artifacts
+        record = read_json(path)
     if not isinstance(record, dict) or "metrics" not in record:
         raise ConfigError(
             "The file to compare with holds no numbers",

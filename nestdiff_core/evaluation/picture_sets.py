@@ -33,13 +33,23 @@ from nestdiff_core.remote import is_url
 from nestdiff_core.sampling.folder import REQUEST
 
 
-def open_images(place: str, *, resolution: int | None = None, num_images: int | None = None) -> Images:
-    """The images at a path, pattern or URL. num_images: how many there must be.
+def open_images(
+    place: str, *, resolution: int | None = None, channels: int | None = None, num_images: int | None = None
+) -> Images:
+    """The images at a path, pattern or URL. num_images: how many there must be. channels: 1 or 3, as which pictures are
+    decoded; by default as the first of them is.
 
     Raises InputError for what holds no images, for pictures that cannot be decoded (when they are read) and for arrays
     of another kind; IntegrityError for a sample set that is not whole or damaged, and for another number of images.
     """
-    images = _open(place, resolution)
+    try:
+        images = _open(place, resolution)
+    except InputError as error:
+        if error.key == "images.path":  # as an experiment's images are called
+            error.key, error.stage, error.fix = None, "evaluation", "Correct the path."
+        raise
+    if isinstance(images, _Pictures):
+        images.channels = channels
     if num_images is not None and len(images) != num_images:
         raise IntegrityError(
             "The set of images is not complete",
@@ -80,7 +90,7 @@ class _Pictures:
 
     def __init__(self, count: int, encoded: Callable[[int], tuple[str, bytes]], resolution: int | None) -> None:
         self._count, self._encoded, self._resolution = count, encoded, resolution
-        self._channels: int | None = None
+        self.channels: int | None = None
 
     def __len__(self) -> int:
         return self._count
@@ -91,11 +101,11 @@ class _Pictures:
         name, data = self._encoded(index)
         try:
             image = decode(data).image
-            self._channels = self._channels or (1 if image.mode == "L" else 3)
+            self.channels = self.channels or (1 if image.mode == "L" else 3)
             if self._resolution is not None:
-                return square(image, self._resolution, self._channels)
-            pixels = np.array(image.convert("L" if self._channels == 1 else "RGB"))
-            return pixels.reshape(*pixels.shape[:2], self._channels)
+                return square(image, self._resolution, self.channels)
+            pixels = np.array(image.convert("L" if self.channels == 1 else "RGB"))
+            return pixels.reshape(*pixels.shape[:2], self.channels)
         except InputError as error:
             raise InputError(
                 f"An image {error.what}",

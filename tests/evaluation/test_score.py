@@ -104,6 +104,14 @@ def test_pictures_come_to_a_resolution_as_training_images_do(tmp_path: Path) -> 
     assert np.array_equal(small, np.array(picture)[1:11])
 
 
+def test_one_grey_picture_makes_no_set_grey(tmp_path: Path) -> None:
+    """Of an experiment in colour: not even where it is the first. Without one the first decides."""
+    for name, mode in (("a", "L"), ("b", "RGB")):
+        Image.fromarray(random_images(1, 0)[0]).convert(mode).save(tmp_path / f"{name}.png")
+    assert [image.shape[2] for image in open_images(str(tmp_path), channels=3)] == [3, 3]
+    assert [image.shape[2] for image in open_images(str(tmp_path))] == [1, 1]
+
+
 def test_statistics_that_were_kept_stand_for_their_images(tmp_path: Path, real: str, out: Path) -> None:
     """--save-reference, then the folder or its file as the reference: the same numbers and cards."""
     fake, kept = put(random_images(120, 0), tmp_path / "fake", "npz"), tmp_path / "kept"
@@ -133,6 +141,18 @@ def test_comparing_names_what_differs(tmp_path: Path, real: str, out: Path, caps
     fields = "reference_digest, num_reference, settings.seed, settings.neighbour_images"
     assert rows["recall_pixels"]["measured differently"] == fields
     assert "num_reference" in capsys.readouterr().out
+
+
+def test_colours_against_a_grey_experiment(
+    toy_run: Any, tmp_path: Path, monkeypatch: Any, out: Path, capsys: Any
+) -> None:
+    """Pictures are decoded as its own were; an array is what it is, and refused before a network chokes on it."""
+    monkeypatch.setenv("NESTDIFF_HOME", str(toy_run.root))
+    colours = random_images(60, 0, side=8)
+    refusal = refused(capsys, put(colours, tmp_path / "array", "npz"), "--against", "toy")
+    assert (refusal["code"], refusal["expected"], refusal["found"]) == (4, [8, 8, 1], [8, 8, 3])
+    assert main(["score", put(colours, tmp_path / "pictures", "folder"), "--against", "toy", "--out", str(out)]) == 0
+    assert "fd_encoder" in scores(out)["metrics"]
 
 
 def test_an_experiment_is_a_reference(toy_run: Any, tmp_path: Path, monkeypatch: Any, out: Path) -> None:
@@ -179,6 +199,8 @@ def test_what_cannot_be_scored_is_refused(tmp_path: Path, real: str, capsys: Any
     size, another number, a broken picture, an unknown space, statistics of another space."""
     against = ["--against", real]
     assert refused(capsys, str(tmp_path / "absent"), *against)["code"] == 3
+    (tmp_path / "empty").mkdir()
+    assert refused(capsys, str(tmp_path / "empty"), *against)["fix"] == "Correct the path."
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     assert refused(capsys, str(tmp_path / "other.npz"), *against)["found"] == ["x"]
     np.savez_compressed(tmp_path / "whole.npz", arr_0=random_images(20, 0))
@@ -199,11 +221,16 @@ def test_what_cannot_be_scored_is_refused(tmp_path: Path, real: str, capsys: Any
     assert (refusal["code"], refusal["expected"], refusal["found"]) == (4, [12, 12, 3], [20, 20, 3])
     refusal = refused(capsys, large, *against, "--num-images", "100")
     assert (refusal["code"], refusal["expected"], refusal["found"]) == (4, 100, 60)
-    (Path(large) / "0007.png").write_bytes(b"nothing")
-    assert refused(capsys, large, *against)["path"].endswith("0007.png")
+    mixed = put(random_images(20, 0), tmp_path / "mixed", "folder")
+    (Path(mixed) / "0007.png").write_bytes(b"nothing")
+    assert refused(capsys, mixed, *against)["path"].endswith("0007.png")
     assert refused(capsys, real, *against, "--extractors", "clip")["found"] == ["clip"]
     assert refused(capsys, real, *against, "--extractors", "inception")["key"] == "--inception-weights"
+    assert refused(capsys, real, *against, "--extractors", "encoder")["key"] == "--experiment"
     assert refused(capsys, real, *against, "--batch-size", "0")["code"] == 2
+    for place in (real, str(tmp_path / "absent.json")):
+        refusal = refused(capsys, real, *against, "--compare", place)
+        assert (refusal["code"], refusal["key"]) == (2, "--compare")
     np.savez(tmp_path / "moments.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     moments = ["--against", str(tmp_path / "moments.npz"), "--extractors", "pixels"]
     refusal = refused(capsys, real, *moments)
