@@ -7,10 +7,10 @@ ARGS ?=
 IN_VENV = @. .venv/bin/activate &&
 
 .DEFAULT_GOAL := help
-.PHONY: help ready setup quickstart test check dev bench storm lock
+.PHONY: help ready setup quickstart test check dev bench storm reproduce-cifar10 lock
 
 help: ## List these words
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 
 ready:
 	@$(PYTHON) scripts/setup.py
@@ -39,6 +39,9 @@ bench: ready ## Measure against peers; ARGS are those of scripts.bench
 
 storm: ready ## Repeat the faults hundreds of times: kills, damage, fuzz
 	$(IN_VENV) python -m pytest -m slow --timeout=0 $(ARGS)
+
+reproduce-cifar10: ready ## Make the table of docs/results.md, on a CPU or a GPU; ARGS=--dry-run says how long it takes
+	$(IN_VENV) python -m scripts.reproduce_cifar10 $(ARGS)
 
 lock: ## Bring requirements.lock up to pyproject.toml with uv; ARGS=--upgrade takes newer versions
 	@$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \

@@ -1,0 +1,57 @@
+"""What the CIFAR-10 table says is left to do."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from nestdiff_core.models.nested import build_denoiser, count_macs
+from scripts.reproduce_cifar10 import Run, left, network, runs
+
+
+def asked(*arms: str, seeds: tuple[int, ...] = (0,)) -> list[Run]:
+    return runs(
+        argparse.Namespace(
+            scale="16px", seeds=seeds, arms=arms, images=Path("data/cifar10"), encoder="hub", judges=None
+        )
+    )
+
+
+@pytest.fixture(autouse=True)
+def nothing_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NESTDIFF_HOME", str(tmp_path))
+
+
+def test_arms_that_share_a_network_train_it_once() -> None:
+    """L = 1 in three dresses is one training of 200 TFLOP; L = 3 after L = 2 adds its own 70 of 200."""
+    todo = asked("l1", "l1_contrast", "l1_autoguided", "l2", "l3")
+    macs = {
+        network(run, level.level): count_macs(build_denoiser(run.x.config, level.level, 0))
+        for run in todo
+        for level in run.x.config.levels
+    }
+    work = list(left(todo, macs))
+    trained = {w.what: w.tflops for w in work if w.kind == "train"}
+    assert list(trained) == [
+        "l1, seed 0, level 1",
+        "l2, seed 0, level 1",
+        "l2, seed 0, level 2",
+        "l3, seed 0, level 2",
+        "l3, seed 0, level 3",
+    ]
+    assert list(trained.values()) == pytest.approx([200, 130, 70, 55, 15], rel=0.01)
+    sampled = {w.what: w.tflops for w in work if w.kind == "sample"}
+    assert len(sampled) == len(todo)
+    # 10,000 images, 25 evaluations of 25.8 million MACs; a guide is asked as often as what it guides
+    assert sampled["l1, seed 0, samples"] == pytest.approx(2 * 25 * 25.803e6 * 10_000 / 1e12, rel=1e-3)
+    assert sampled["l1_autoguided, seed 0, samples"] == 2 * sampled["l1, seed 0, samples"]
+
+
+def test_a_seed_is_another_training_of_all_levels_and_of_nothing_else() -> None:
+    first, second = asked("l2", seeds=(0, 1))
+    assert [level.train.seed for level in second.x.config.levels] == [1, 1]
+    assert first.x.config.name != second.x.config.name
+    for part in ("images", "encoder", "sampling", "evaluation"):
+        assert getattr(first.x.config, part) == getattr(second.x.config, part)
