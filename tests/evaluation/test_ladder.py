@@ -246,14 +246,12 @@ def test_a_stopped_ladder_goes_on_at_the_next_rung(made: Experiment, monkeypatch
 def test_processes_share_the_rungs(made: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of two processes makes every second part and seals nothing; the other makes the rest and puts them together,
     to the same bytes as one process alone."""
-    config = replace(
-        made.config, ladder=LadderConfig(num_images=15), sampling=replace(made.config.sampling, batch_size=9)
-    )
-    x = Experiment(config, made.root)
+    sampling = replace(made.config.sampling, batch_size=6, num_evaluations=2)
+    x = Experiment(replace(made.config, ladder=LadderConfig(num_images=10), sampling=sampling), made.root)
     alone, path = stages.ladder(x).digest, x.path(Ref("ladder"))
     shutil.rmtree(path)
     latents, asked = loading.Cascade.latents, []
-    monkeypatch.setattr(parts, "LEAST_PART", 9)
+    monkeypatch.setattr(parts, "LEAST_PART", 6)
 
     def count(self: Any, indices: range, **request: Any) -> Any:
         asked.append((len(request["given"]), len(indices)))
@@ -267,7 +265,7 @@ def test_processes_share_the_rungs(made: Experiment, monkeypatch: pytest.MonkeyP
         second.setattr(parts.dist, "barrier", lambda: None)
         with pytest.raises(IntegrityError, match="has not been made"):
             stages.ladder(x)
-    assert asked == [(0, 6), (1, 6), (2, 6)]
+    assert asked == [(0, 4), (1, 4), (2, 4)]
     whole = stages.ladder(x)
-    assert asked[3:] == [(0, 9), (1, 9), (2, 9)]
+    assert asked[3:] == [(0, 6), (1, 6), (2, 6)]
     assert whole.digest == alone and not (path / "shards").exists() and not list(path.glob("_parts/rung_*"))

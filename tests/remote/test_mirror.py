@@ -311,7 +311,8 @@ def test_reference_statistics_are_made_once(machines: Machines, monkeypatch: pyt
 
 def test_two_machines_watch_into_one_history(machines: Machines, toy_run: Any) -> None:
     """Each judges weights that the other has not; neither's numbers are lost, nor made twice, whoever comes last."""
-    config = replace(toy(), watch=WatchConfig(num_images=20, resamples=10))
+    sampling = replace(toy().sampling, num_evaluations=2)
+    config = replace(toy(), watch=WatchConfig(num_images=6, resamples=2), sampling=sampling)
     a, b = machines("a", config), machines("b", config)
     for x, steps in ((a, 10), (b, 15)):
         for stage in ("images", "encoder", "features", "moments", "svd_basis", "latents", "reference"):
