@@ -276,9 +276,10 @@ def extract_all(
         raise InputError(
             "A distribution needs at least two images",
             stage="evaluation",
+            key=what,
             expected=">= 2",
             found=len(images),
-            fix="Raise sampling.num_images, or give more images.",
+            fix="Give more images: sampling.num_images and images.held_out_fraction say how many an experiment has.",
         )
     digest, brightest = PixelDigest(), 0
     running = [_Running(extractor, len(images), seed) for extractor in extractors]

@@ -47,8 +47,9 @@ PARTS = "parts.json"
 SHOWN = 48  # images of a sample set
 COUNTED = 500  # images of a power spectrum
 SWEPT = {  # captions
-    "level": "Every setting of a level that was tried; the line: none is better at no higher cost.",
-    "images": "The short list, by images.",
+    "level": "Every setting of a level that was tried. The line: none is better at no higher cost; grey: within twice "
+    "what noise makes of the best.",
+    "images": "The short list, by images; grey: within twice what noise makes of the best.",
     "recall": "The short list, by images and by how much of the real ones they cover.",
 }
 SMALL = 16  # pixels a side, below which images are enlarged smoothly

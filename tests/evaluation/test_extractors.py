@@ -17,6 +17,7 @@ from nestdiff_core.evaluation.extractors import (
     build_extractor,
     encoder_extractor,
     extract,
+    extract_all,
     inception_extractor,
     pixel_extractor,
     weights_sha256,
@@ -107,6 +108,13 @@ def test_what_are_not_images_is_refused(pictures) -> None:
     for batch_size in (1, 256):
         with pytest.raises(InputError):
             extract(pictures, pixel_extractor(), batch_size=batch_size)
+
+
+def test_one_image_is_refused_by_the_name_of_its_set() -> None:
+    """Held-out images are another setting's business than samples."""
+    with pytest.raises(InputError) as caught:
+        extract_all(np.full((1, 4, 4, 3), 9, np.uint8), [pixel_extractor()], what="reference (held_out)")
+    assert caught.value.key == "reference (held_out)" and "held_out_fraction" in caught.value.fix
 
 
 def test_features_that_are_not_finite_are_refused() -> None:
