@@ -206,7 +206,8 @@ def _weights(x: Experiment, level: int, decay: float | None) -> Path:
         return artifact.path / EMA
     if decay in train.more_ema_decays:
         return artifact.path / average_file(decay)
-    return _checkpoint(artifact.path, artifact.info["step"], level) / "model.safetensors"
+    fix = "Copy the checkpoint from where it was trained, or sample an average of the weights instead."
+    return _checkpoint(artifact.path, artifact.info["step"], level, fix) / "model.safetensors"
 
 
 def average_file(decay: float) -> str:
@@ -219,11 +220,12 @@ def open_guide(x: Experiment, level: int, *, device: str = "cpu") -> NestedDenoi
 
     Raises IntegrityError where training has not come there, or its checkpoint is not on this machine.
     """
-    path = _checkpoint(x.path(Ref("denoiser", level)), x.config.level(level).guide_step, level)
+    fix = "Copy the checkpoint from where it was trained, or set levels.guide_step to one that was kept, or to 0."
+    path = _checkpoint(x.path(Ref("denoiser", level)), x.config.level(level).guide_step, level, fix)
     return open_denoiser(x, level, weights=path / EMA, device=device)
 
 
-def _checkpoint(denoiser: Path, step: int, level: int) -> Path:
+def _checkpoint(denoiser: Path, step: int, level: int, fix: str) -> Path:
     """A denoiser's checkpoint of that step, its files compared with their checksums."""
     path = denoiser / CHECKPOINTS / f"step_{step:08d}"
     if not path.is_dir():
@@ -232,7 +234,7 @@ def _checkpoint(denoiser: Path, step: int, level: int) -> Path:
             stage="denoiser",
             level=level,
             path=path,
-            fix="Copy the checkpoint from where it was trained, or sample other weights of this level.",
+            fix=fix,
         )
     read_checkpoint(path, level=level, expected=denoiser.name)
     return path
@@ -250,9 +252,9 @@ class Cascade:
     """The experiment's denoisers and what tells them what to make, opened once to sample from often.
 
     config: the settings of sampling; by default `sampled_config`. levels: whose denoisers; all by default. denoisers:
-    these by level instead, sampled as `x.config` says. The networks of `levels.guide_step` come with them. With
-    `sampling.compile` each is compiled whole, once for each shape of batch that it gets (guidance doubles it), at its
-    first call.
+    these by level instead, sampled as `x.config` says. The networks of `levels.guide_step` are opened where guidance
+    asks for them. With `sampling.compile` each is compiled whole, once for each shape of batch that it gets (guidance
+    doubles it), at its first call.
     """
 
     def __init__(
@@ -274,14 +276,25 @@ class Cascade:
                 level: open_denoiser(x, level, decay=self.config.level(level).decay, device=device) for level in chosen
             }
         self.denoisers = dict(denoisers)
-        own = [level for level in denoisers if x.config.level(level).guide_step]
-        self.guides = {level: open_guide(x, level, device=device) for level in own}
-        if x.config.sampling.compile:
-            networks = [*self.denoisers.values(), *self.guides.values()]
+        self._guides: dict[int, NestedDenoiser] = {}
+        for denoiser in self.denoisers.values():
+            self._compile(denoiser)
+
+    def _compile(self, denoiser: NestedDenoiser) -> None:
+        if self.x.config.sampling.compile:
             # All share one function, which is compiled for each of them: by default eight times at most.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(networks))
-            for denoiser in networks:
-                denoiser.forward = torch.compile(denoiser.forward, dynamic=False, fullgraph=True)
+            limit = 8 * 2 * len(self.denoisers)  # each may have a guide
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+            denoiser.forward = torch.compile(denoiser.forward, dynamic=False, fullgraph=True)
+
+    def guides(self) -> dict[int, NestedDenoiser]:
+        """The networks that guidance contrasts with, by level; opened once."""
+        for level in self.denoisers:
+            own = self.config.level(level)
+            if own.guidance and own.guide_step and level not in self._guides:
+                self._guides[level] = open_guide(self.x, level, device=self.device)
+                self._compile(self._guides[level])
+        return self._guides
 
     def under(self, config: ExperimentConfig) -> Cascade:
         """The same denoisers, of the same averages of their weights, sampled with other settings."""
@@ -314,7 +327,7 @@ class Cascade:
             seed=seed,
             labels=self._labels(indices) if rows is None else self._labels_of(rows),
             given=given or {},
-            guides=self.guides,
+            guides={} if null_conditions else self.guides(),
             null_conditions=null_conditions,
             lowest=lowest,
             device=torch.device(self.device),
@@ -329,13 +342,15 @@ class Cascade:
         device, size = torch.device(self.device), config.sampling.batch_size
         for level, denoiser in self.denoisers.items():
             guided = config.can_be_guided(level) and config.level(level).guidance > 0
-            start, inputs = 0.0, denoiser.example_inputs(2 * size if guided else size, device)
+            by_own = guided and config.level(level).guide_step > 0  # two networks of this size, one after the other
+            start, inputs = 0.0, denoiser.example_inputs(2 * size if guided and not by_own else size, device)
             for _ in range(2 if device.type == "cuda" or config.sampling.compile else 1):
                 start = time.monotonic()
                 with autocast(config.sampling.precision, device):
                     denoiser(*(inputs if guided else inputs[:-1])).sum().item()  # waits for the device
             images = num_images if isinstance(num_images, int) else num_images[level]
-            seconds += (time.monotonic() - start) * config.num_evaluations(level) * -(-images // size)
+            calls = config.num_evaluations(level) * -(-images // size) * (2 if by_own else 1)
+            seconds += (time.monotonic() - start) * calls
         return seconds
 
     def without_conditions(

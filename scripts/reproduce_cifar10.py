@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ import torch
 
 from nestdiff_core import loading
 from nestdiff_core.cli import main as nestdiff
+from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.devices import choose_device
 from nestdiff_core.errors import NestdiffError
-from nestdiff_core.evaluation.gaussian import frechet_distance
 from nestdiff_core.evaluation.samples import load_samples
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.files import read_json, write_bytes, write_json
@@ -33,12 +33,14 @@ from nestdiff_core.models.nested import build_denoiser, count_macs
 from nestdiff_core.progress import duration
 from nestdiff_core.recipes import load_experiment, save_experiment
 from nestdiff_core.recipes.cifar10 import ARMS, SCALES, judges
-from nestdiff_core.stages.reference import extractors, open_statistics
 from nestdiff_core.tables import format_table
 from nestdiff_core.training.estimate import estimate
 from scripts.figures import side_by_side
 
-SPACES = ("classifier", "moco", "pixels")
+DISTANCES = ("fd_classifier", "fd_moco", "fd_pixels")
+NUMBERS = (*DISTANCES, "precision_classifier", "recall_classifier", "class_entropy_classifier")
+QUARTERS = ("_t0.00", "_t0.25", "_t0.50", "_t0.75", "")
+JUDGES_SEED = 1000  # no arm's
 HISTORY = "history.json"
 SHOWN = ("l1", "l1_autoguided", "l2_guided", "l3_guided")  # in the picture, of the first seed
 
@@ -58,15 +60,15 @@ class Run:
 
 def runs(arguments: argparse.Namespace) -> list[Run]:
     """Seed by seed, so that a part of the table is useful already."""
-    scale = SCALES[arguments.scale]
-    folder = str(arguments.judges or arguments.images.parent / f"judges_{arguments.scale}")
+    scale, folder = SCALES[arguments.scale], judges_folder(arguments)
+    images = arguments.images if "://" in arguments.images else str(Path(arguments.images).expanduser().absolute())
     found = []
     for seed in arguments.seeds:
         for arm in arguments.arms:
             config = load_experiment(f"cifar10_{arguments.scale}_{arm}")
             config = replace(
                 config,
-                images=replace(config.images, path=str(arguments.images)),
+                images=replace(config.images, path=images),
                 encoder=replace(config.encoder, weights=arguments.encoder),
                 evaluation=replace(config.evaluation, judges=judges(folder, scale)),
                 levels=tuple(replace(level, train=replace(level.train, seed=seed)) for level in config.levels),
@@ -74,6 +76,11 @@ def runs(arguments: argparse.Namespace) -> list[Run]:
             )
             found.append(Run(arm, seed, Experiment(config)))
     return found
+
+
+def judges_folder(arguments: argparse.Namespace) -> str:
+    """Where the judges are, or will be: part of an evaluation's address, so by default as the recipes spell it."""
+    return arguments.judges or f"data/judges_{arguments.scale}"
 
 
 # --- how long ----------------------------------------------------------------------------------------------------
@@ -88,27 +95,35 @@ class Work:
     tflops: float
 
 
-def left(todo: Sequence[Run], macs: dict[tuple[str, int], int]) -> Iterator[Work]:
-    """Denoisers and samples that have not been made, each named once. macs: by network, as `network` names it."""
+def left(todo: Sequence[Run], macs: Mapping[tuple[str, int], int]) -> Iterator[Work]:
+    """Denoisers, sweeps, samples and ladders that have not been made, each named once. macs: by network, as `network`
+    names it."""
     seen: set[str] = set()
     for run in todo:
         config, x = run.x.config, run.x
+        own = {level.level: macs[network(run, level.level)] for level in config.levels}
         for level in config.levels:
             ref = Ref("denoiser", level.level)
             if (key := x.config_hash(ref)) not in seen and x.find(ref) is None:
                 images = level.train.num_steps * level.train.batch_size
-                yield Work(
-                    f"{run.name}, level {level.level}", "train", 6e-12 * macs[network(run, level.level)] * images
-                )
+                yield Work(f"{run.name}, level {level.level}", "train", 6e-12 * own[level.level] * images)
             seen.add(key)
+
+        def passes(guided: bool, own: Mapping[int, int] = own, config: ExperimentConfig = config) -> float:
+            """TFLOPs of an image of the cascade."""
+            doubled = {m: 2 if guided and config.can_be_guided(m) else 1 for m in own}
+            return 2e-12 * sum(config.num_evaluations(m) * own[m] * doubled[m] for m in own)
+
+        swept = config.sampling.chosen_by == "sweep"
+        if swept and x.find(Ref("sweep")) is None:
+            tried = len(config.sweep.guidance) + min(config.sweep.short_list, len(config.sweep.guidance) ** len(own))
+            yield Work(f"{run.name}, sweep", "sample", passes(guided=True) * tried * config.sweep.num_images)
         if x.find(Ref("samples")) is None:
-            passes = sum(
-                config.num_evaluations(level.level)
-                * macs[network(run, level.level)]
-                * (2 if config.sampling.chosen_by == "sweep" and config.can_be_guided(level.level) else 1)
-                for level in config.levels
-            )
-            yield Work(f"{run.name}, samples", "sample", 2e-12 * passes * config.sampling.num_images)
+            bare = 2e-12 * config.num_evaluations(1) * own[1] if config.num_levels > 1 else 0.0
+            yield Work(f"{run.name}, samples", "sample", (passes(swept) + bare) * config.sampling.num_images)
+        if config.num_levels > 1 and x.find(Ref("ladder")) is None:
+            rungs = config.num_levels * config.ladder.num_images
+            yield Work(f"{run.name}, ladder, at most", "sample", passes(swept) * rungs)
 
 
 def network(run: Run, level: int) -> tuple[str, int]:
@@ -131,7 +146,7 @@ def plan(todo: Sequence[Run], device: torch.device) -> list[Work]:
     total = sum(w.tflops for w in work)
     rows.append({"left": "together", "TFLOP": total, "here": duration(total / rate)})
     print(format_table(rows))
-    print(f"at {rate:.3g} TFLOP/s of training, measured now; sweeps, judges and encoder passes come on top")
+    print(f"at {rate:.3g} TFLOP/s of training, measured now; judges and encoder passes come on top")
     return work
 
 
@@ -149,9 +164,15 @@ def make(run: Run, device: str) -> int:
     return nestdiff(["run", str(file), *stages, "--device", device])
 
 
-def make_judges(run: Run, folder: Path) -> None:
+def make_judges(run: Run, folder: Path, device: str) -> None:
+    """Unless somebody has: those that are there are taken as they are, however long they were trained."""
+    if (folder / "judges.json").is_file():
+        return
     file = save_experiment(run.x.config, run.x.root)
-    done = subprocess.run([sys.executable, "-m", "scripts.judges", str(file), "--out", str(folder)], check=False)
+    options = ["--out", str(folder), "--seed", str(JUDGES_SEED), "--device", device]
+    if device.startswith("cuda"):
+        options += ["--epochs", "30", "--moco-epochs", "100", "--precision", "bfloat16"]
+    done = subprocess.run([sys.executable, "-m", "scripts.judges", str(file), *options], check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
 
@@ -160,85 +181,78 @@ def make_judges(run: Run, folder: Path) -> None:
 
 
 def row(run: Run) -> dict[str, Any]:
-    """The numbers of one row."""
+    """The numbers of one row, with the bootstrap errors of the distances."""
     x = run.x
-    metrics = x.artifact(Ref("evaluation")).info["metrics"]
-    config = loading.sampled_config(x)
-    numbers: dict[str, Any] = {"arm": run.arm, "seed": run.seed}
-    order = [level.level for level in reversed(config.levels)]
-    numbers["w"] = " ".join(f"{config.level(m).guidance:g}" for m in order if config.can_be_guided(m)) or "-"
-    for space in SPACES:
-        numbers[f"fd_{space}"] = metrics[f"fd_{space}"]["value"]
-        numbers[f"fd_{space}_error"] = metrics[f"fd_{space}"]["deviation"]
-    for name in ("precision_classifier", "recall_classifier", "class_entropy_classifier"):
-        numbers[name] = metrics[name]["value"]
-    return numbers
+    metrics, config = x.artifact(Ref("evaluation")).info["metrics"], loading.sampled_config(x)
+    order = [level.level for level in reversed(config.levels) if config.can_be_guided(level.level)]
+    passes = {
+        m.level: config.num_evaluations(m.level) * (2 if m.guidance and config.can_be_guided(m.level) else 1)
+        for m in config.levels
+    }
+    macs = sum(x.artifact(Ref("denoiser", level)).info["macs"] * count for level, count in passes.items())
+    told = {"arm": run.arm, "seed": str(run.seed), "w": " ".join(f"{config.level(m).guidance:g}" for m in order) or "-"}
+    numbers = {name: metrics[name]["value"] for name in NUMBERS}
+    errors = {name: metrics[name]["deviation"] for name in DISTANCES}
+    return {**told, "sampling_gmacs": macs / 1e9, **numbers, "errors": errors}
 
 
 def real(run: Run) -> dict[str, Any]:
-    """All training images in the place of samples: what there is to reach."""
-    x, spaces = run.x, extractors(run.x)
-    train, held_out = (open_statistics(x, split, spaces) for split in ("train", "held_out"))
-    distances = {
-        f"fd_{space.kind}": frechet_distance(train[space.kind].gaussian, held_out[space.kind].gaussian)
-        for space in spaces
-    }
-    return {"arm": "training images", "seed": "", "w": "", **distances}
+    """As many training images in the place of samples (which the judges were trained on)."""
+    metrics = run.x.artifact(Ref("evaluation")).info["metrics"]
+    numbers = {name: metrics[name]["floor"] for name in NUMBERS}
+    return {"arm": "training images", "seed": "", "w": "", "sampling_gmacs": None, **numbers, "errors": {}}
 
 
-def conditions(run: Run) -> list[dict[str, Any]]:
-    """Held-out loss of each told level at the end of training: what its condition takes off it, by quarter of t."""
-    found = []
-    for level in run.x.config.levels:
-        line = read_json(run.x.artifact(Ref("denoiser", level.level)).path / HISTORY)[-1]
-        if "held_out_loss_without_conditions" not in line:
-            continue
-        quarters = ("_t0.00", "_t0.25", "_t0.50", "_t0.75", "")
-        lower = {
-            name or "all": 1 - line[f"held_out_loss{name}"] / line[f"held_out_loss_without_conditions{name}"]
-            for name in quarters
-        }
-        found.append({"arm": run.arm, "seed": run.seed, "level": level.level, **lower})
-    return found
+def conditions(done: Sequence[Run]) -> list[dict[str, Any]]:
+    """Held-out loss of each told level at the end of its training: the share that its condition takes off it, by
+    quarter of t. A denoiser that two arms share is there once."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in done:
+        for level in run.x.config.levels:
+            denoiser = run.x.artifact(Ref("denoiser", level.level))
+            line = read_json(denoiser.path / HISTORY)[-1]
+            if "held_out_loss_without_conditions" in line and denoiser.fingerprint not in found:
+                lower = {
+                    f"t{name.removeprefix('_t')}" if name else "all": 1
+                    - line[f"held_out_loss{name}"] / line[f"held_out_loss_without_conditions{name}"]
+                    for name in QUARTERS
+                }
+                found[denoiser.fingerprint] = {"arm": run.arm, "seed": str(run.seed), "level": level.level, **lower}
+    return list(found.values())
 
 
-def write(done: Sequence[Run], out: Path) -> None:
-    """table.md, table.json and the picture, from the rows that are there."""
-    rows = [real(done[0]), *(row(run) for run in done)]
-    told = [line for run in done if run.arm in ("l2", "l3") for line in conditions(run)]
-    write_json(out / "table.json", {"rows": rows, "conditions": told})
-    shown = [{key: value for key, value in r.items() if not key.endswith("_error")} | _with_errors(r) for r in rows]
-    text = [format_table(shown), "Held-out loss, how much lower the condition makes it:", format_table(told)]
+def write(rows: Sequence[dict[str, Any]], told: Sequence[dict[str, Any]], panels: dict[str, Any], out: Path) -> None:
+    """table.md, table.json and samples.png, of what there is so far."""
+    write_json(out / "table.json", {"rows": list(rows), "conditions": list(told)})
+    text = [format_table([_with_errors(row) for row in rows])]
+    if told:
+        text += ["Share of the held-out loss that the condition takes off it:", format_table(list(told))]
     (out / "table.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    first = {run.arm: run for run in done if run.seed == done[0].seed}
-    panels = {
-        arm: load_samples(first[arm].x.artifact(Ref("samples")).path / "samples.npz")[:36]
-        for arm in SHOWN
-        if arm in first
-    }
-    write_bytes(out / "samples.png", side_by_side(panels))
+    if panels:
+        write_bytes(out / "samples.png", side_by_side(panels))
     print(text[0])
 
 
-def _with_errors(row: dict[str, Any]) -> dict[str, str]:
-    """Distances with their bootstrap errors."""
-    return {
-        f"fd_{space}": f"{row[f'fd_{space}']:.3f} ± {row[f'fd_{space}_error']:.3f}"
-        for space in SPACES
-        if row.get(f"fd_{space}_error") is not None
-    }
+def _with_errors(row: dict[str, Any]) -> dict[str, Any]:
+    """Its distances as value ± bootstrap error."""
+    shown = {key: value for key, value in row.items() if key != "errors"}
+    return shown | {name: f"{row[name]:.3f} ± {error:.3f}" for name, error in row["errors"].items()}
+
+
+def pictures(done: Sequence[Run]) -> dict[str, Any]:
+    """The same seeds side by side, of the first training seed."""
+    first = {run.arm: run.x for run in done if run.seed == done[0].seed}
+    return {a: load_samples(first[a].artifact(Ref("samples")).path / "samples.npz")[:36] for a in SHOWN if a in first}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--images", type=Path, default=Path("data/cifar10"), metavar="FOLDER", help="default: data/cifar10"
-    )
+    parser.add_argument("--images", default="data/cifar10", metavar="SHARDS", help="default: data/cifar10")
     parser.add_argument(
         "--encoder", default="hub", metavar="FILE", help="SqueezeNet's weights (default: torchvision's)"
     )
     parser.add_argument(
-        "--judges", type=Path, metavar="FOLDER", help="made there if need be; default: beside the images"
+        "--judges", metavar="FOLDER", help="made there unless there are some; default: data/judges_SCALE"
     )
     parser.add_argument("--scale", choices=SCALES, help="default: 32px where there is a GPU, else 16px")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
@@ -260,14 +274,14 @@ def reproduce(arguments: argparse.Namespace) -> int:
     plan(todo, torch.device(device))
     if arguments.dry_run:
         return 0
-    folder = Path(todo[0].x.config.evaluation.judges[-1].encoder.weights).parent
-    make_judges(todo[0], folder)
+    make_judges(todo[0], Path(judges_folder(arguments)).expanduser(), device)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for i, run in enumerate(todo):
         print(f"\n{run.name} ({i + 1} of {len(todo)})", flush=True)
         if code := make(run, device):
             return code
-        write(todo[: i + 1], arguments.out)
+        done = todo[: i + 1]
+        write([real(done[0]), *map(row, done)], conditions(done), pictures(done), arguments.out)
     return 0
 
 

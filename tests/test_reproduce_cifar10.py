@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from nestdiff_core.files import read_json
 from nestdiff_core.models.nested import build_denoiser, count_macs
-from scripts.reproduce_cifar10 import Run, left, network, runs
+from scripts.reproduce_cifar10 import DISTANCES, NUMBERS, Run, left, network, runs, write
 
 
 def asked(*arms: str, seeds: tuple[int, ...] = (0,)) -> list[Run]:
     return runs(
-        argparse.Namespace(
-            scale="16px", seeds=seeds, arms=arms, images=Path("data/cifar10"), encoder="hub", judges=None
-        )
+        argparse.Namespace(scale="16px", seeds=seeds, arms=arms, images="data/cifar10", encoder="hub", judges=None)
     )
 
 
@@ -42,8 +42,10 @@ def test_arms_that_share_a_network_train_it_once() -> None:
         "l3, seed 0, level 3",
     ]
     assert list(trained.values()) == pytest.approx([200, 130, 70, 55, 15], rel=0.01)
-    sampled = {w.what: w.tflops for w in work if w.kind == "sample"}
+    sampled = {w.what: w.tflops for w in work if w.what.endswith("samples")}
     assert len(sampled) == len(todo)
+    swept = [w.what for w in work if "sweep" in w.what]
+    assert swept == ["l1_autoguided, seed 0, sweep"]
     # 10,000 images, 25 evaluations of 25.8 million MACs; a guide is asked as often as what it guides
     assert sampled["l1, seed 0, samples"] == pytest.approx(2 * 25 * 25.803e6 * 10_000 / 1e12, rel=1e-3)
     assert sampled["l1_autoguided, seed 0, samples"] == 2 * sampled["l1, seed 0, samples"]
@@ -55,3 +57,19 @@ def test_a_seed_is_another_training_of_all_levels_and_of_nothing_else() -> None:
     assert first.x.config.name != second.x.config.name
     for part in ("images", "encoder", "sampling", "evaluation"):
         assert getattr(first.x.config, part) == getattr(second.x.config, part)
+
+
+def test_the_table_is_there_from_its_first_row(tmp_path: Path) -> None:
+    """Before any arm has conditions or a picture; real images have no errors; every number is under its own name."""
+    numbers = dict(zip(NUMBERS, (1.0, 2.0, 3.0, 0.5, 0.6, 2.3), strict=True))
+    told = {"seed": "", "w": "", "sampling_gmacs": None}
+    real = {"arm": "training images", **told, **numbers, "errors": {}}
+    arm = {"arm": "l1", **told, **numbers, "errors": dict.fromkeys(DISTANCES, 0.25)}
+    write([real, arm], [], {}, tmp_path)
+    header, _, first, second = (tmp_path / "table.md").read_text().splitlines()
+    assert header.split()[-len(NUMBERS) :] == list(NUMBERS)
+    assert first.split()[-6:] == ["1", "2", "3", "0.5", "0.6", "2.3"]
+    assert "1.000 ± 0.250  2.000 ± 0.250  3.000 ± 0.250" in second
+    assert read_json(tmp_path / "table.json")["rows"] == [real, arm]
+    write([real, arm], [{"arm": "l2", "level": 1, "all": 0.1}], {"l1": np.zeros((36, 8, 8, 3), np.uint8)}, tmp_path)
+    assert "condition" in (tmp_path / "table.md").read_text() and (tmp_path / "samples.png").is_file()

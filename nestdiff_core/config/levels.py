@@ -55,6 +55,12 @@ class TrainConfig:
     beta2: float = knob(0.9, "AdamW beta 2.")
     warmup_steps: int = knob(5_000, "Linear warm-up steps.")
     ema_decay: float = knob(0.9999, "Decay of the exponential moving average of the weights, which is what samples.")
+    ema_warmup: bool = knob(
+        False,
+        "Whether averages begin as short ones, of decay (1 + step) / (10 + step) as long as that is less, so that none "
+        "holds the weights that training started from; needed where steps are few for the decay.",
+        decides="if_changed",
+    )
     more_ema_decays: tuple[float, ...] = knob(
         (),
         "Decays of further averages of the weights, which are kept in training and exported beside that one for "
@@ -123,7 +129,12 @@ class TrainConfig:
         for name in ("seed", "warmup_steps", "weight_decay", "grad_clip", "max_skipped_steps", "keep_every"):
             require(getattr(self, name) >= 0, f"levels.train.{name}", ">= 0", getattr(self, name))
         require(self.max_loss > 0, "levels.train.max_loss", "> 0", self.max_loss)
-        require(self.compile or not self.cuda_graphs, "levels.train.cuda_graphs", "false, unless compile is true", True)
+        require(
+            not self.cuda_graphs or (self.compile and self.accumulation_steps == 1),
+            "levels.train.cuda_graphs",
+            "false, unless compile is true and accumulation_steps 1, as a graph's gradients cannot be added to",
+            True,
+        )
         require(
             self.batch_size % self.accumulation_steps == 0,
             "levels.train.accumulation_steps",

@@ -67,7 +67,7 @@ def sample_cascade(
     indices, given, guides = list(image_indices), dict(given or {}), dict(guides or {})
     config.level(lowest)
     levels = range(config.num_levels, lowest - 1, -1)
-    _check_request(denoisers, config, indices, labels, given, guides, levels)
+    _check_request(denoisers, config, indices, labels, given, guides, null_conditions, levels)
     sampler = _LevelSampler(config, denoisers, guides, seed, null_conditions)
     result = {m: torch.empty(len(indices), *config.latent_shape(m)) for m in levels}
     finished = 0
@@ -255,6 +255,7 @@ def _check_request(
     labels: Tensor | None,
     given: Mapping[int, Tensor],
     guides: Mapping[int, Callable[..., Tensor]],
+    null_conditions: bool,
     levels: range,
 ) -> None:
     """levels: those of the result, from the top."""
@@ -304,6 +305,7 @@ def _check_request(
         "Give a denoiser for each level that is to be sampled.",
     )
     needed = [m for m in reversed(levels) if m not in given and config.level(m).guidance and config.level(m).guide_step]
+    needed = [] if null_conditions else needed
     require(
         set(needed) <= set(guides),
         "The networks that guide are missing",

@@ -42,7 +42,7 @@ def guided(
     ) -> Float[Tensor, "B C H W"]:
         differs = bool(z_above) or (labels is not None and null_branch == "all")
         inside = (first <= t) & (t <= last)
-        if w == 0.0 or not (differs or guide) or not (always or inside.any()):
+        if w == 0.0 or not (differs or guide is not None) or not (always or inside.any()):
             return model(z_l_t, t, z_above, labels)
         if guide is not None:
             cond = model(z_l_t, t, z_above, labels)

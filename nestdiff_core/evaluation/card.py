@@ -62,7 +62,9 @@ class SampleOrigin:
             condition_noise={level.level: level.condition_noise for level in config.levels},
             ema_decay={level.level: level.decay for level in config.levels},
             checkpoints=dict(checkpoints),
-            guide_step={level.level: level.guide_step for level in config.levels if level.guide_step},
+            guide_step={
+                level.level: level.guide_step for level in config.levels if level.guidance and level.guide_step
+            },
             contrast=sampling.contrast,
         )
 

@@ -41,7 +41,7 @@ CONTRAST = 1.2
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates of each denoiser for an image, in millions (tests/test_recipes.py holds them to count_macs).
+    """Multiply-accumulates of each denoiser for an image, in millions (a test holds them to count_macs).
 
     one: without conditions. first: level 1, told of level 2. second, top_second: level 2, told of level 3 or of
     nothing. third: level 3.
@@ -89,6 +89,7 @@ _TRAIN = TrainConfig(
     beta2=0.99,
     warmup_steps=200,
     ema_decay=0.999,
+    ema_warmup=True,
     grad_clip=1.0,
     log_every=50,
     checkpoint_every=500,
@@ -143,7 +144,10 @@ def arm(
             reference="held_out",
             resamples=100,
         ),
-        sweep=SweepConfig(guidance=(0.0, 0.5, 1.0, 2.0) if guided else (), num_images=2_000, metric="fd_classifier"),
+        # A short list of 16: in every arm the settings of the whole cascade are compared by the same number.
+        sweep=SweepConfig(
+            guidance=(0.0, 0.5, 1.0, 2.0) if guided else (), num_images=2_000, short_list=16, metric="fd_classifier"
+        ),
         ladder=LadderConfig(num_images=2_000),
     )
 

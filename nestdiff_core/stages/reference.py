@@ -32,7 +32,7 @@ def reference(x: Experiment, *, device: str = "cpu", progress: Progress = silent
     Where `evaluation.reference_statistics` names a file, it takes the place of the split that samples are compared with
     in its space.
     """
-    ref, config, weights = Ref("reference"), x.config.evaluation, _sources(x)
+    ref, config, weights = Ref("reference"), x.config.evaluation, judge_weights(x)
     if (made := reuse(x, ref, weights=weights)) is not None:
         return made
     index = loading.open_index(x)
@@ -102,8 +102,8 @@ def open_spaces(x: Experiment, *, device: str = "cpu") -> list[Space]:
     return [Space(e, reference[e.kind], held_out[e.kind], filters[e.kind]) for e in known]
 
 
-def _sources(x: Experiment) -> str | None:
-    """Hash of the files that the statistics are made with or from; None where there are none."""
+def judge_weights(x: Experiment) -> str | None:
+    """Hash of the files that judge images here: of weights and of given statistics; None where there are none."""
     config = x.config.evaluation
     files = [*(judge.encoder.weights for judge in config.judges), config.inception_weights, config.reference_statistics]
     digests = [weights_digest(file) for file in files]

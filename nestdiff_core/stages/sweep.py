@@ -38,7 +38,7 @@ from nestdiff_core.latents.moments import Moments
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stages.common import logger, reuse
 from nestdiff_core.stages.ladder import MAX_TRAINING, read_averaged
-from nestdiff_core.stages.reference import extractors
+from nestdiff_core.stages.reference import extractors, judge_weights
 
 SEEDS_APART = 1  # the sweep's seed is so much larger than the samples'
 
@@ -59,7 +59,8 @@ def sweep(x: Experiment, *, device: str = "cpu", progress: Progress = silent) ->
             found="none",
             fix="Name what is to be tried in the experiment.",
         )
-    if (made := reuse(x, ref)) is not None:
+    weights = judge_weights(x)
+    if (made := reuse(x, ref, weights=weights)) is not None:
         return made
     with x.writing(ref, keep_parts=True) as writer:
         run = _Sweep(x, writer, device, progress)
@@ -78,7 +79,7 @@ def sweep(x: Experiment, *, device: str = "cpu", progress: Progress = silent) ->
         write_json(writer.path / loading.CHOSEN, to_plain(chosen))
         write_json(writer.path / "sweep.json", record)
         logger.info(verdict(record))
-        return writer.seal(**record)
+        return writer.seal(weights_source=weights, **record)
 
 
 class _Sweep:

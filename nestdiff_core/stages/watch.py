@@ -122,7 +122,7 @@ def _open(x: Experiment, level: int, device: str) -> tuple[Weights, NestedDenois
     for weights in all_weights(x, level):
         try:
             check_file(weights.path, weights.file, stage="denoiser", level=level)
-            if x.config.level(level).guide_step:
+            if x.config.level(level).guidance and x.config.level(level).guide_step:
                 loading.open_guide(x, level)  # they cannot be judged before there is one
             return weights, loading.open_denoiser(x, level, weights=weights.path, device=device)
         except (IntegrityError, FileNotFoundError) as error:

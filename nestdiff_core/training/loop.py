@@ -239,11 +239,16 @@ class Trainer:
     def _add_gradient(self, part: Batch, *, last: bool) -> Tensor:
         """Add the gradient of a part of the batch; returns its losses. Processes share gradients with the last part."""
         network = self.network
-        torch.compiler.cudagraph_mark_step_begin()  # what the last part left in a CUDA graph's memory has been used
+        self._begin_graph()
         with network.no_sync() if isinstance(network, DistributedDataParallel) and not last else nullcontext():
             losses = self.loss(network, part)
             (losses.mean() / self.train.accumulation_steps).backward()
         return losses.detach()
+
+    def _begin_graph(self) -> None:
+        """Before the network is called: what the last call left in a CUDA graph's memory has been used."""
+        if self.train.cuda_graphs:  # asked first: the call imports the compiler, which takes seconds
+            torch.compiler.cudagraph_mark_step_begin()
 
     def settle(self, report: StepReport) -> StepNumbers:
         """Read what a step reported; raises NumericsError where it exploded, once too many have."""
@@ -297,8 +302,9 @@ class Trainer:
     @torch.no_grad()
     def _update_ema(self) -> None:
         weights = list(self.weights.values())
+        most = (1 + self.step) / (10 + self.step) if self.train.ema_warmup else 1.0
         for decay, averages in self.averages.items():
-            torch._foreach_lerp_(list(averages.values()), weights, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_lerp_(list(averages.values()), weights, 1.0 - min(decay, most))  # pyright: ignore[reportPrivateImportUsage]
 
     def _named_averages(self) -> dict[str, Tensor]:
         """The tensors of all averages, as a checkpoint names them: those of the further ones begin with their decay."""
@@ -336,7 +342,7 @@ class Trainer:
         with self.averaged_weights() as model:
             parts = -(-len(rows) // size)
             for i in range(parts):
-                torch.compiler.cudagraph_mark_step_begin()
+                self._begin_graph()
                 batch = self.batches.load(rows[i::parts], mine.share(i, parts), self.device)
                 sums += by_noise_level(self.loss(model, batch), batch.draws.t)
         return self._sum(sums).cpu().numpy()

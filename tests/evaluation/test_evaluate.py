@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.evaluation import extractors
+from nestdiff_core.evaluation.bootstrap import frechet_resamples
 from nestdiff_core.evaluation.card import MetricCard, SampleOrigin, differences
-from nestdiff_core.evaluation.extractors import encoder_extractor, pixel_extractor
+from nestdiff_core.evaluation.extractors import encoder_extractor, extract, pixel_extractor
 from nestdiff_core.evaluation.report import Labelled, evaluate, measured_spaces
 
 ORIGIN = SampleOrigin.of(ExperimentConfig(), {1: "abc"})
@@ -128,17 +129,14 @@ def test_it_repeats_itself(sets: dict[str, np.ndarray]) -> None:
 
 
 def test_a_frechet_distance_has_a_bootstrap_error_where_it_is_asked_for(sets: dict[str, np.ndarray]) -> None:
-    """About the deviation over other draws of as many samples; nothing else changes."""
-    spaces = measured_spaces([pixel_extractor()], sets["reference"], sets["held_out"])
-    plain, with_error = (
-        evaluate(sets["samples"][:250], spaces, origin=ORIGIN, resamples=resamples) for resamples in (0, 100)
-    )
-    other = evaluate(sets["samples"][250:500], spaces, origin=ORIGIN)["metrics"]["fd_pixels"]["value"]
-    error = with_error["metrics"]["fd_pixels"].pop("deviation")
+    """That of the samples' draw against the reference (test_bootstrap.py), and nothing else changes."""
+    [space] = spaces = measured_spaces([pixel_extractor()], sets["reference"], sets["held_out"])
+    plain, with_error = (evaluate(sets["samples"], spaces, origin=ORIGIN, resamples=number) for number in (0, 20))
+    features = {"": extract(sets["samples"], space.extractor).values}
+    drawn = frechet_resamples(features, space.reference.gaussian, resamples=20)[""]
+    assert with_error["metrics"]["fd_pixels"].pop("deviation") == pytest.approx(drawn.std(ddof=1))
     assert plain["metrics"]["fd_pixels"].pop("deviation") is None
     assert with_error == plain
-    apart = abs(other - plain["metrics"]["fd_pixels"]["value"])
-    assert 0 < error < 0.5 * plain["metrics"]["fd_pixels"]["value"] and apart < 4 * 2**0.5 * error
 
 
 def test_few_images_come_with_warnings(sets: dict[str, np.ndarray]) -> None:

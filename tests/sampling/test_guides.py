@@ -33,7 +33,7 @@ def test_a_level_without_conditions_is_guided_by_its_own_checkpoint(toy_run: Any
     """The same denoiser serves: what guides is read from its checkpoint, and decides the samples."""
     config, x = guided_by(10), Experiment(guided_by(10), toy_run.root)
     found = loading.Cascade(x, levels=[2]).latents(range(5), seed=0, lowest=2)[2]
-    guide = build_denoiser(config, 2, 10).eval()
+    guide = build_denoiser(config, 2, 0).eval()
     weights = x.artifact(Ref("denoiser", 2)).path / "checkpoints" / "step_00000010" / "ema.safetensors"
     guide.load_state_dict(load_file(weights))
     main = {2: loading.open_denoiser(x, 2)}
@@ -64,10 +64,10 @@ def test_a_guide_that_is_gone_or_damaged_is_refused(toy_run: Any, tmp_path: Path
     damaged[-1] ^= 1
     (checkpoint / "ema.safetensors").write_bytes(damaged)
     with pytest.raises(IntegrityError, match=r"ema\.safetensors"):
-        loading.Cascade(x)
+        loading.Cascade(x).guides()
     shutil.rmtree(checkpoint)
     with pytest.raises(IntegrityError, match="step 10"):
-        loading.Cascade(x)
+        loading.Cascade(x).guides()
 
 
 @pytest.mark.parametrize("step", [5, 20, -10])
