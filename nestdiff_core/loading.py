@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from nestdiff_core.artifacts import Artifact, ArtifactWriter
 from nestdiff_core.autoencoders import Autoencoder, make_autoencoder
@@ -280,7 +280,7 @@ class Cascade:
         for denoiser in self.denoisers.values():
             self._compile(denoiser)
 
-    def _compile(self, denoiser: NestedDenoiser) -> None:
+    def _compile(self, denoiser: nn.Module) -> None:
         if self.x.config.sampling.compile:
             # All share one function, which is compiled for each of them: by default eight times at most.
             limit = 8 * 2 * len(self.denoisers)  # each may have a guide

@@ -46,7 +46,7 @@ def test_hosts_that_lose_power_one_after_the_other_train_to_the_same_bits(
 def test_a_killed_worker_and_one_that_hangs_are_started_again(level: Level, undisturbed: Level) -> None:
     """kill -9 of the one that writes checkpoints; SIGSTOP of the other, which the first gives up on after
     runtime.hang_seconds. Both times they go on from the last checkpoint, to the same bits."""
-    level.settings = {"runtime.hang_seconds": 10}  # workers begin some seconds apart on a busy machine
+    level.settings = {"runtime.hang_seconds": 20}  # workers begin some seconds apart, on a busy machine ten
     command = level.start("--processes=2")
     wait_for(level.steps, 100, "a first checkpoint")
     known = level.steps()[-1] + 50  # it may have been begun
@@ -56,7 +56,7 @@ def test_a_killed_worker_and_one_that_hangs_are_started_again(level: Level, undi
     began = time.monotonic()
     os.kill(workers[1], signal.SIGSTOP)
     wait_for(lambda: workers[0] not in level.workers(), 60, "the end of the worker that waited")
-    assert 8 < time.monotonic() - began < 30
+    assert 18 < time.monotonic() - began < 50
     assert level.steps()[-1] < 400
     os.kill(workers[1], signal.SIGCONT)  # else torchrun takes half a minute more before it kills it
     command.ends(0)

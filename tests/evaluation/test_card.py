@@ -37,7 +37,7 @@ def card(**changes: object) -> MetricCard:
 
 def another(value: Any) -> Any:
     if isinstance(value, dict):
-        return {**value, 2: another(value[2])}
+        return {**value, 2: another(value.get(2, 0))}
     if isinstance(value, tuple):
         return (*value[:-1], 0.9)
     return value + "other" if isinstance(value, str) else value + 1
