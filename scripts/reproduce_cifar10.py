@@ -91,7 +91,6 @@ class Work:
     """Something that is not there yet, and its TFLOPs."""
 
     what: str
-    kind: str  # train, sample
     tflops: float
 
 
@@ -106,7 +105,7 @@ def left(todo: Sequence[Run], macs: Mapping[tuple[str, int], int]) -> Iterator[W
             ref = Ref("denoiser", level.level)
             if (key := x.config_hash(ref)) not in seen and x.find(ref) is None:
                 images = level.train.num_steps * level.train.batch_size
-                yield Work(f"{run.name}, level {level.level}", "train", 6e-12 * own[level.level] * images)
+                yield Work(f"{run.name}, level {level.level}", 6e-12 * own[level.level] * images)
             seen.add(key)
 
         def passes(guided: bool, own: Mapping[int, int] = own, config: ExperimentConfig = config) -> float:
@@ -117,13 +116,13 @@ def left(todo: Sequence[Run], macs: Mapping[tuple[str, int], int]) -> Iterator[W
         swept = config.sampling.chosen_by == "sweep"
         if swept and x.find(Ref("sweep")) is None:
             tried = len(config.sweep.guidance) + min(config.sweep.short_list, len(config.sweep.guidance) ** len(own))
-            yield Work(f"{run.name}, sweep", "sample", passes(guided=True) * tried * config.sweep.num_images)
+            yield Work(f"{run.name}, sweep", passes(guided=True) * tried * config.sweep.num_images)
         if x.find(Ref("samples")) is None:
             bare = 2e-12 * config.num_evaluations(1) * own[1] if config.num_levels > 1 else 0.0
-            yield Work(f"{run.name}, samples", "sample", (passes(swept) + bare) * config.sampling.num_images)
+            yield Work(f"{run.name}, samples", (passes(swept) + bare) * config.sampling.num_images)
         if config.num_levels > 1 and x.find(Ref("ladder")) is None:
             rungs = config.num_levels * config.ladder.num_images
-            yield Work(f"{run.name}, ladder, at most", "sample", passes(swept) * rungs)
+            yield Work(f"{run.name}, ladder, at most", passes(swept) * rungs)
 
 
 def network(run: Run, level: int) -> tuple[str, int]:
@@ -158,7 +157,7 @@ def make(run: Run, device: str) -> int:
     file = save_experiment(run.x.config, run.x.root)
     nested = run.x.config.num_levels > 1
     wanted = ["images", "encoder", "features", "bases"] if nested else ["images"]
-    wanted += ["latents", "train", *(["sweep"] if run.x.config.sampling.chosen_by == "sweep" else [])]
+    wanted += ["latents", *(["sweep"] if run.x.config.sampling.chosen_by == "sweep" else [])]
     wanted += ["reference", "samples", "evaluation", *(["ladder"] if nested else [])]
     stages = [word for stage in wanted for word in ("--stage", stage)]
     return nestdiff(["run", str(file), *stages, "--device", device])
