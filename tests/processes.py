@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
+import socket
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,6 +19,17 @@ def wait_for(condition: Callable[[], Any], seconds: float = 30.0, what: str = "w
         assert time.monotonic() < end, f"{what} did not happen within {seconds} s"
         time.sleep(0.002)
     return value
+
+
+def free_port() -> int:
+    """One on which nothing listens, below those that the kernel lends to clients: whoever keeps asking one of these
+    whether it answers yet may be connected to itself, and then holds it."""
+    lent = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(10_000, lent)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def parent(pid: int) -> int:

@@ -71,15 +71,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NestdiffError as error:
         return _refuse(error)
     except KeyboardInterrupt:
+        _flush()
         stopped = Interrupted("Stopped by the keyboard", fix="Run the same command again: finished work is kept.")
         print(stopped.to_json(), file=sys.stderr)
         return stopped.code
     except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard()
         return 0
 
 
+def _flush() -> None:
+    """What was printed comes before what stderr says next, wherever both go."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard()
+
+
+def _discard() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _refuse(error: NestdiffError) -> int:
+    _flush()
     # a key of a hostile image may hold newlines and terminal commands
     print("".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error)), file=sys.stderr)
     print(error.to_json(), file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ images' labels and noise, so that
     cost of level l = D_{l+1} - D_l
 
 is what generating z_l instead of knowing it adds, 0 for a perfect denoiser. D_1 less that of the held-out images
-themselves is the autoencoder's.
+themselves is the autoencoder's (with `sampling.contrast`, also that of the contrast that every rung is given).
 
 The reverse, generated latents above true ones, changes no image: with true z_1 there is nothing left to generate. What
 generated conditions do to the level below them is `ancestral` beside `conditional`.

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from clusters import Host, Level, Slurm, ip
-from processes import wait_for
+from processes import free_port, wait_for
 
 INPUTS = ("images", "encoder", "features", "moments", "svd_basis", "latents")
 
@@ -117,12 +117,7 @@ ConstrainRAMSpace=no
 @contextlib.contextmanager
 def slurm_daemons(folder: Path) -> Iterator[Slurm]:
     """A controller and two nodes of one machine, listening on loopback only."""
-    sockets = [socket.socket() for _ in range(3)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    controller, n1, n2 = (s.getsockname()[1] for s in sockets)
-    for s in sockets:
-        s.close()
+    controller, n1, n2 = free_port(), free_port(), free_port()
     (folder / "state").mkdir()
     # Without the freezer of cgroup v1 processes that leave their session would outlive their job.
     proctrack = "cgroup" if Path("/sys/fs/cgroup/freezer").is_dir() else "linuxproc"

@@ -6,7 +6,6 @@ import glob
 import os
 import re
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 from clusters import REPOSITORY
+from processes import free_port
 
 from nestdiff_core.recipes import toy
 from pipelines.definitions import build_definitions
@@ -27,10 +27,8 @@ def server() -> Iterator[dict[str, str]]:
     programs = sorted(glob.glob("/usr/lib/postgresql/*/bin/initdb"))
     if not programs or os.geteuid() != 0:
         pytest.skip("a real PostgreSQL needs Debian's postgresql, and root")
-    with tempfile.TemporaryDirectory(prefix="nestdiff-postgres-") as folder, socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-        s.close()
+    with tempfile.TemporaryDirectory(prefix="nestdiff-postgres-") as folder:
+        port = str(free_port())
         shutil.chown(folder, "postgres")
         programs_at, data = Path(programs[-1]).parent, f"{folder}/data"
 

@@ -14,13 +14,14 @@ from typing import Any
 import dagster as dg
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nestdiff_core import loading, stages
 from nestdiff_core.cli import main
-from nestdiff_core.config import ExperimentConfig, SweepConfig
+from nestdiff_core.config import EncoderConfig, EvaluationConfig, ExperimentConfig, JudgeConfig, SweepConfig
 from nestdiff_core.config_io import from_dict, to_dict
 from nestdiff_core.errors import ConfigError, InputError, IntegrityError
 from nestdiff_core.evaluation.extractors import pixel_extractor
@@ -351,6 +352,27 @@ def test_further_averages_are_exported_and_sampled(swept: Experiment) -> None:
     assert any(not torch.equal(average[name], value) for name, value in exported.items())
     assert all(torch.equal(average[name], value) for name, value in load_file(artifact.path / loading.EMA).items())
     assert {found.sampled_decay for found in candidates(x.config, 2)} == {0.0, 0.5, 0.9}
+
+
+def test_a_sweep_is_made_again_when_a_judge_of_it_is_replaced(root: Path, tmp_path: Path) -> None:
+    """And not before: its distances are those of the file of weights that is there now."""
+    file = tmp_path / "vit.safetensors"
+    save_file(random_vit(0), file)
+    vit = EncoderConfig(kind="timm", name="test_vit", weights=str(file), input_size=32)
+    evaluation = EvaluationConfig(extractors=("pixels",), judges=(JudgeConfig(name="vit", encoder=vit),))
+    x = Experiment(replace(toy(), evaluation=evaluation, sweep=SweepConfig(guidance=(0.0, 1.0), num_images=24)), root)
+    first = stages.sweep(x)
+    assert stages.sweep(x).digest == first.digest
+    save_file(random_vit(1), file)
+    second = stages.sweep(x)
+    before, after = (made.info["short_list"][0]["metrics"] for made in (first, second))
+    assert after["fd_pixels"] == before["fd_pixels"] and after["fd_vit"] != pytest.approx(before["fd_vit"], rel=0.01)
+    assert second.info["levels"] == first.info["levels"]
+
+
+def random_vit(seed: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    return timm.create_model("test_vit", img_size=32).state_dict()
 
 
 def test_nothing_to_sweep_is_refused(root: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import dagster as dg
 import pytest
 from harness import REPOSITORY
-from processes import listening, parent, wait_for
+from processes import free_port, listening, parent, wait_for
 
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.recipes import load_experiment, toy
@@ -307,7 +307,7 @@ class Services:
 def services(place: Place) -> Services:
     with dg.DagsterInstance.get() as instance:
         instance.get_runs()
-    return Services(place, 30_000 + os.getpid() % 10_000)
+    return Services(place, free_port())
 
 
 def test_stopped_and_killed_from_the_web_ui(place: Place, services: Services) -> None:

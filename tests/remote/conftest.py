@@ -7,7 +7,6 @@ seconds and needs Debian's ceph-mon, ceph-osd and radosgw, and root.
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -20,6 +19,7 @@ from pathlib import Path
 import obstore
 import pytest
 from obstore.store import S3Store
+from processes import free_port
 
 ACCESS, SECRET = "nestdiff-test", "nestdiff-test-secret"
 PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph-authtool", "monmaptool", "ceph")
@@ -58,12 +58,6 @@ osd data = {folder}/osd
 rgw frontends = beast endpoint=127.0.0.1:{gateway}
 rgw data = {folder}/run
 """
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @contextlib.contextmanager
