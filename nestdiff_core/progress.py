@@ -61,7 +61,9 @@ class TerminalProgress:
     def __call__(self, done: int, total: int, what: str, **numbers: float) -> None:
         if self._bar is None or what != self._what:
             self.close()
-            self._what, self._bar = what, tqdm(total=total, desc=what, file=sys.stderr, dynamic_ncols=True)
+            # what was there before is none of this run's rate, from which the time that is left follows
+            bar = tqdm(total=total, initial=done, desc=what, file=sys.stderr, dynamic_ncols=True)
+            self._what, self._bar = what, bar
         self._bar.total = total
         self._bar.update(done - self._bar.n)
         if numbers := _in_a_line(numbers):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nestdiff_core.progress import LogProgress, NumbersProgress, all_of
+from nestdiff_core.progress import LogProgress, NumbersProgress, TerminalProgress, all_of
 
 
 def test_a_log_gets_the_latest_numbers() -> None:
@@ -24,6 +24,14 @@ def test_a_log_is_not_flooded() -> None:
         for done in range(1, 1001):
             progress(done, 1000, what)
     assert lines == ["a: 1,000 of 1,000", "b: 1,000 of 1,000"]
+
+
+def test_a_bar_does_not_take_what_was_there_for_this_runs_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Training that goes on from step 9,000 knows neither its rate nor the time that is left, yet."""
+    with TerminalProgress() as progress:
+        progress(9_000, 10_000, "level 1")
+    last = capsys.readouterr().err.strip().split("\r")[-1]
+    assert "9000/10000" in last and "?it/s" in last
 
 
 def test_plots_get_some_hundred_points(monkeypatch: pytest.MonkeyPatch) -> None:
