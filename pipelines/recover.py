@@ -2,16 +2,22 @@
 
 Dagster's default launcher cannot tell that a killed run is dead: it stays STARTED and keeps its slot of the `gpu`
 pool, for which the next run would wait without end. Every run therefore says which process executes it (`noted`, a tag
-of the run), and first ends those of this machine that have died; the sensor `dead_runs` looks too, and
-`python -m pipelines.recover` does it by hand. Runs of other machines and of other projects are left alone.
+of the run), and ends those of this machine that have died, at its beginning and while it waits; the sensor `dead_runs`
+looks too, and `python -m pipelines.recover` does it by hand. Runs of other machines and of other projects are left
+alone.
+
+A run that waits for a slot can be stopped, and leaves the processor to the one that has it.
 """
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
+from dagster._core.errors import raise_execution_interrupts
+from dagster._core.execution.plan.active import ActiveExecution
 
 PROCESS = "nestdiff/process"  # tag of a run: who executes it
 UNFINISHED = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
@@ -87,6 +93,27 @@ def _exists(pid: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+# --- waiting for a slot -------------------------------------------------------------------------------------------
+
+WAIT_SECONDS = 2.0
+
+
+def wait_for_slot(self: ActiveExecution) -> None:
+    """What a run in one process does while no step of it may begin.
+
+    In place of Dagster's own (as of 1.13.27), which asks its database again without a pause, on a whole core, and hears
+    neither Ctrl-C nor a stop in the web UI until it has got the slot. Nor would it get one that was promised to a run
+    that has died while it waited.
+    """
+    if (slots := self._instance_concurrency_context) is not None:
+        recover(slots._instance)
+    with raise_execution_interrupts():
+        time.sleep(max(self.sleep_interval(), WAIT_SECONDS))
+
+
+ActiveExecution.sleep_til_ready = wait_for_slot
 
 
 # --- executors ----------------------------------------------------------------------------------------------------

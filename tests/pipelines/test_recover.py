@@ -1,14 +1,17 @@
 """Dead runs: a killed job is marked as failed, its slot is freed, and the next job runs."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import dagster as dg
 import pytest
+from processes import wait_for
 
 from nestdiff_core.recipes import toy
 from pipelines.definitions import build_definitions
@@ -17,37 +20,109 @@ from pipelines.recover import PROCESS, is_dead, recover, this_machine, this_proc
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def test_a_killed_job_does_not_block_the_next(toy_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After kill -9 of `dagster job execute` within a pooled step, the sensor ends the run and its slot can be had."""
+@contextlib.contextmanager
+def execute(job: str, folder: Path, experiment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`dagster job execute`, which does not outlive the block."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dagster", "job", "execute", "-m", "pipelines.definitions", "-j", job],
+        cwd=REPOSITORY,
+        env={**os.environ, "NESTDIFF_HOME": str(folder / "artifacts"), "NESTDIFF_EXPERIMENT": experiment},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dg.DagsterInstance]:
     (tmp_path / "dagster.yaml").write_text((REPOSITORY / "pipelines" / "dagster.yaml").read_text())
-    experiment = tmp_path / "slow.yaml"
-    experiment.write_text("recipe: toy\nencoder.moco.num_steps: 1000000\n")
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
-    environment = {**os.environ, "NESTDIFF_HOME": str(tmp_path / "artifacts"), "NESTDIFF_EXPERIMENT": str(experiment)}
     with dg.DagsterInstance.get() as instance:
         instance.get_runs()  # the tables are made once, by one process
-        job = subprocess.Popen(
-            [sys.executable, "-m", "dagster", "job", "execute", "-m", "pipelines.definitions", "-j", "build_latents"],
-            cwd=REPOSITORY,
-            env=environment,
-            stderr=subprocess.DEVNULL,
-        )
-        storage, end = instance.event_log_storage, time.monotonic() + 120
-        while not storage.get_concurrency_run_ids() and time.monotonic() < end:
-            time.sleep(0.2)
+        yield instance
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_waits_for_a_slot_idles_and_can_be_stopped(
+    instance: dg.DagsterInstance, tmp_path: Path, stop: signal.Signals
+) -> None:
+    """Another run has the only one, and keeps it."""
+    storage, holder = instance.event_log_storage, taken(instance)
+    with execute("train_level_2", tmp_path, "toy") as job:
+        run_id = waits(instance, "train_level_2")
+        time.sleep(1)  # it has said so, and begins to wait
+        before = processor_seconds(job.pid)
+        time.sleep(5)
+        assert processor_seconds(job.pid) - before < 1
+        job.send_signal(stop)
+        job.wait(timeout=60)
+    assert get_run(instance, run_id).is_finished
+    assert storage.get_concurrency_run_ids() == {holder}
+
+
+def test_a_run_that_dies_while_it_waits_does_not_block_the_next(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+    """Its turn would have come first, and the next one is waiting already."""
+    storage, holder = instance.event_log_storage, taken(instance)
+    with execute("train_level_2", tmp_path, "toy") as first:
+        dead = waits(instance, "train_level_2")
+        with execute("train_level_1", tmp_path, "toy") as second:
+            alive = waits(instance, "train_level_1")
+            first.kill()
+            first.wait()
+            instance.report_run_failed(get_run(instance, holder))
+            storage.free_concurrency_slots_for_run(holder)
+            assert second.wait(timeout=60) == 1  # it trains, but has nothing to train on
+        assert get_run(instance, dead).status is dg.DagsterRunStatus.FAILURE
+        assert any("Started execution of step" in event.user_message for event in instance.all_logs(alive))
+
+
+def taken(instance: dg.DagsterInstance) -> str:
+    """The run that has the only slot, and keeps it."""
+    holder = instance.add_run(dg.DagsterRun("quickstart", status=dg.DagsterRunStatus.STARTED))
+    instance.event_log_storage.set_concurrency_slots("gpu", 1)
+    assert instance.event_log_storage.claim_concurrency_slot("gpu", holder.run_id, "step").is_claimed
+    return holder.run_id
+
+
+def waits(instance: dg.DagsterInstance, job: str) -> str:
+    """The run of a job, once it waits for a slot."""
+    (run,) = wait_for(lambda: instance.get_runs(dg.RunsFilter(job_name=job)), 120, f"a run of {job}")
+    wait_for(lambda: any("blocked" in e.user_message for e in instance.all_logs(run.run_id)), 120, f"a wait of {job}")
+    return run.run_id
+
+
+def get_run(instance: dg.DagsterInstance, run_id: str) -> dg.DagsterRun:
+    run = instance.get_run_by_id(run_id)
+    assert run is not None
+    return run
+
+
+def processor_seconds(pid: int) -> float:
+    values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(values[11]) + int(values[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_killed_job_does_not_block_the_next(instance: dg.DagsterInstance, tmp_path: Path) -> None:
+    """After kill -9 of `dagster job execute` within a pooled step, the sensor ends the run and its slot can be had."""
+    experiment = tmp_path / "slow.yaml"
+    experiment.write_text("recipe: toy\nencoder.moco.num_steps: 1000000\n")
+    storage = instance.event_log_storage
+    with execute("build_latents", tmp_path, str(experiment)):
+        wait_for(storage.get_concurrency_run_ids, 120, "a step in the pool")
         assert recover(instance) == []  # it lives
-        job.kill()
-        job.wait()
-        (run,) = instance.get_runs()
-        assert run.status is dg.DagsterRunStatus.STARTED
-        assert storage.get_concurrency_run_ids() == {run.run_id}
-        sensor = build_definitions(toy()).get_repository_def().get_sensor_def("dead_runs")
-        assert sensor.default_status is dg.DefaultSensorStatus.RUNNING
-        with dg.build_sensor_context(instance=instance) as context:
-            skipped = sensor(context)
-        assert isinstance(skipped, dg.SkipReason) and run.run_id in str(skipped.skip_message)
-        assert instance.get_runs()[0].status is dg.DagsterRunStatus.FAILURE
-        assert storage.get_concurrency_run_ids() == set()
+    (run,) = instance.get_runs()
+    assert run.status is dg.DagsterRunStatus.STARTED
+    assert storage.get_concurrency_run_ids() == {run.run_id}
+    sensor = build_definitions(toy()).get_repository_def().get_sensor_def("dead_runs")
+    assert sensor.default_status is dg.DefaultSensorStatus.RUNNING
+    with dg.build_sensor_context(instance=instance) as context:
+        skipped = sensor(context)
+    assert isinstance(skipped, dg.SkipReason) and run.run_id in str(skipped.skip_message)
+    assert instance.get_runs()[0].status is dg.DagsterRunStatus.FAILURE
+    assert storage.get_concurrency_run_ids() == set()
 
 
 @pytest.mark.parametrize(
