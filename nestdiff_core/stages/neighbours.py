@@ -126,7 +126,7 @@ def neighbour_pictures(x: Experiment) -> dict[str, bytes]:
     drawn["encoder_and_z_1"] = neighbour_grid(
         [(f"sample {sample} by {space}", row(space, sample)) for space, sample in both],
         title="Nearest training images by encoder and by code",
-        xlabel="z_1: the autoencoder's code of an image, its pixels where there is none",
+        xlabel="z_1: the autoencoder's code of an image, or its pixels",
     )
     return drawn
 
