@@ -144,9 +144,8 @@ def arm(
             reference="held_out",
             resamples=100,
         ),
-        # A short list of 16: in every arm the settings of the whole cascade are compared by the same number.
         sweep=SweepConfig(
-            guidance=(0.0, 0.5, 1.0, 2.0) if guided else (), num_images=2_000, short_list=16, metric="fd_classifier"
+            guidance=(0.0, 0.5, 1.0, 2.0) if guided else (), num_images=1_000, short_list=8, metric="fd_classifier"
         ),
         ladder=LadderConfig(num_images=2_000),
     )
