@@ -26,6 +26,7 @@ from nestdiff_core.cli import main as nestdiff
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.devices import choose_device
 from nestdiff_core.errors import NestdiffError
+from nestdiff_core.evaluation.figures import loss_curve
 from nestdiff_core.evaluation.samples import load_samples
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.files import read_json, write_bytes, write_json
@@ -220,6 +221,31 @@ def conditions(done: Sequence[Run]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def curves(done: Sequence[Run]) -> bytes:
+    """PNG: held-out loss of each level 1 over the FLOPs of its training, of the first training seed; of a told one also
+    with its condition withheld, which is what L = 1 has to do."""
+    measured: dict[str, dict[float, float]] = {}
+    seen = set()
+    for run in (run for run in done if run.seed == done[0].seed):
+        denoiser = run.x.artifact(Ref("denoiser", 1))
+        if denoiser.fingerprint in seen:
+            continue
+        seen.add(denoiser.fingerprint)
+        tflops = 6e-12 * denoiser.info["macs"] * run.x.config.level(1).train.batch_size
+        arm, _ = network(run, 1)
+        for line in read_json(denoiser.path / HISTORY):
+            for name, key in ((arm, "held_out_loss"), (f"{arm}, told nothing", "held_out_loss_without_conditions")):
+                if key in line:
+                    measured.setdefault(name, {})[tflops * line["step"]] = line[key]
+    spent = sorted({x for curve in measured.values() for x in curve})
+    return loss_curve(
+        spent,
+        {name: [curve.get(x) for x in spent] for name, curve in measured.items()},
+        title="Level 1, held-out images",
+        xlabel="TFLOP of its training",
+    )
+
+
 def write(rows: Sequence[dict[str, Any]], told: Sequence[dict[str, Any]], panels: dict[str, Any], out: Path) -> None:
     """table.md, table.json and samples.png, of what there is so far."""
     write_json(out / "table.json", {"rows": list(rows), "conditions": list(told)})
@@ -281,6 +307,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
             return code
         done = todo[: i + 1]
         write([real(done[0]), *map(row, done)], conditions(done), pictures(done), arguments.out)
+        write_bytes(arguments.out / "curves.png", curves(done))
     return 0
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from nestdiff_core.experiment import Experiment
 from nestdiff_core.files import read_json
 from nestdiff_core.models.nested import build_denoiser, count_macs
-from scripts.reproduce_cifar10 import DISTANCES, NUMBERS, Run, left, network, runs, write
+from nestdiff_core.recipes import toy
+from scripts import reproduce_cifar10
+from scripts.reproduce_cifar10 import DISTANCES, NUMBERS, Run, curves, left, network, runs, write
 
 
 def asked(*arms: str, seeds: tuple[int, ...] = (0,)) -> list[Run]:
@@ -73,3 +77,16 @@ def test_the_table_is_there_from_its_first_row(tmp_path: Path) -> None:
     assert read_json(tmp_path / "table.json")["rows"] == [real, arm]
     write([real, arm], [{"arm": "l2", "level": 1, "all": 0.1}], {"l1": np.zeros((36, 8, 8, 3), np.uint8)}, tmp_path)
     assert "condition" in (tmp_path / "table.md").read_text() and (tmp_path / "samples.png").is_file()
+
+
+def test_curves_are_over_what_their_arm_has_cost(toy_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each level 1 once, with its condition and without, at 6 x MACs x images; other seeds are not drawn."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(reproduce_cifar10, "loss_curve", lambda x, curves, **about: drawn.append((x, curves)) or b"")
+    x = Experiment(toy(), toy_run.root)
+    curves([Run("l2", 0, x), Run("l2_guided", 0, x), Run("l1", 1, x)])
+    ((spent, losses),) = drawn
+    assert list(losses) == ["l2", "l2, told nothing"]
+    train, macs = x.config.level(1).train, count_macs(build_denoiser(x.config, 1, 0))
+    assert spent[-1] == pytest.approx(6e-12 * macs * train.num_steps * train.batch_size)
+    assert len(losses["l2"]) == len(spent) and losses["l2"] != losses["l2, told nothing"]

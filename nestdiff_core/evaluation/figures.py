@@ -113,13 +113,19 @@ def spectrum_plot(
 
 
 def loss_curve(
-    steps: Sequence[int], losses: Mapping[str, Sequence[float | None]], *, title: str = "Loss", ylabel: str = "loss"
+    steps: Sequence[int | float],
+    losses: Mapping[str, Sequence[float | None]],
+    *,
+    title: str = "Loss",
+    xlabel: str = "step",
+    ylabel: str = "loss",
 ) -> bytes:
-    """Losses over training steps: the measured values faint, their local mean strong, its last value in the legend.
+    """Losses over training steps, or over what `xlabel` says: the measured values faint, their local mean strong, its
+    last value in the legend.
 
     A curve may have gaps (None or NaN: not measured at that step); one of at most 30 points is drawn as it is.
     """
-    figure, axes = _panel(title, "step", ylabel, height=300)
+    figure, axes = _panel(title, xlabel, ylabel, height=300)
     smallest, largest = np.inf, 0.0
     for colour, (name, values) in zip(COLOURS, losses.items(), strict=False):
         y = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
