@@ -2,6 +2,7 @@
 
 python -m scripts.reproduce_cifar10 --dry-run
 python -m scripts.reproduce_cifar10 --images data/cifar10 --encoder squeezenet1_0.safetensors --out results
+python -m scripts.reproduce_cifar10 --arms l1_class_guided l2_class_guided l3_class_guided --out results/class
 
 Says first what is left to do and how long that takes here. Stopped, it goes on from the last checkpoint; what is there,
 of whatever run, is used. --images: WebDataset shards of two splits, as scripts/cifar10.py makes them from the public
@@ -33,7 +34,7 @@ from nestdiff_core.files import read_json, write_bytes, write_json
 from nestdiff_core.models.nested import build_denoiser, count_macs
 from nestdiff_core.progress import duration
 from nestdiff_core.recipes import load_experiment, save_experiment
-from nestdiff_core.recipes.cifar10 import ARMS, SCALES, judges
+from nestdiff_core.recipes.cifar10 import ARMS, CLASS_ARMS, NUM_CLASSES, SCALES, judges
 from nestdiff_core.tables import format_table
 from nestdiff_core.training.estimate import estimate
 from scripts.figures import side_by_side
@@ -137,7 +138,8 @@ def plan(todo: Sequence[Run], device: torch.device) -> list[Work]:
     for run in todo:
         for level in run.x.config.levels:
             if (key := network(run, level.level)) not in macs:
-                macs[key] = count_macs(build_denoiser(run.x.config, level.level, 0))
+                classes = NUM_CLASSES if run.x.config.conditioning.labels == "class" else 0
+                macs[key] = count_macs(build_denoiser(run.x.config, level.level, classes))
     work = list(left(todo, macs))
     config = todo[0].x.config
     one = estimate(config, 1, device=device)
@@ -280,7 +282,9 @@ def main() -> None:
         "--judges", metavar="FOLDER", help="made there unless there are some; default: data/judges_SCALE"
     )
     parser.add_argument("--scale", choices=SCALES, help="default: 32px where there is a GPU, else 16px")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS | CLASS_ARMS, default=list(ARMS), help="default: all without class"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="default: 0 1")
     parser.add_argument("--out", type=Path, default=Path("results"), metavar="FOLDER", help="default: results")
     parser.add_argument("--device", default="auto")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.models.nested import build_denoiser, count_macs
 from nestdiff_core.recipes import RECIPES
-from nestdiff_core.recipes.cifar10 import SCALES
+from nestdiff_core.recipes.cifar10 import NUM_CLASSES, SCALES
 
 ARMS = ("l1", "l1_star", "l2", "l3")
+CLASS_ARMS = ("l1_class", "l2_class", "l3_class")
 GUIDED = {"l1": "l1_autoguided", "l1_star": "l1_star_autoguided", "l2": "l2_guided", "l3": "l3_guided"}
 scales = pytest.mark.parametrize("sides", SCALES)
 
@@ -24,11 +26,12 @@ def arm(sides: str, name: str) -> ExperimentConfig:
 def macs(sides: str, name: str) -> list[int]:
     """Of each level's denoiser, from level 1 up."""
     config = arm(sides, name)
-    return [count_macs(build_denoiser(config, level.level, 0)) for level in config.levels]
+    classes = NUM_CLASSES if name in CLASS_ARMS else 0
+    return [count_macs(build_denoiser(config, level.level, classes)) for level in config.levels]
 
 
 @scales
-@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize("name", ARMS + CLASS_ARMS)
 def test_arms_of_a_scale_cost_the_same_to_train(sides: str, name: str) -> None:
     """6 x MACs x images, summed over levels, within 1 % of the scale's FLOPs, as counted from the networks."""
     config = arm(sides, name)
@@ -55,6 +58,20 @@ def test_arms_differ_in_depth_and_size_alone(sides: str) -> None:
         for level in config.levels:
             assert {**vars(level.train), "num_steps": 0} == {**vars(one.level(1).train), "num_steps": 0}
     assert arm(sides, "l2").level(1) == arm(sides, "l3").level(1)
+
+
+@scales
+def test_arms_with_classes_are_told_the_class_and_nothing_else(sides: str) -> None:
+    """Every level can be guided by it, so that l1 needs no guide of its own."""
+    for name in CLASS_ARMS:
+        told, plain, guided = arm(sides, name), arm(sides, name.removesuffix("_class")), arm(sides, f"{name}_guided")
+        assert told.conditioning == replace(plain.conditioning, labels="class")
+        assert all(guided.can_be_guided(level.level) and not level.guide_step for level in guided.levels)
+        assert [level.train for level in guided.levels] == [level.train for level in told.levels]
+        for level in told.levels:
+            own = plain.level(level.level)
+            train = replace(own.train, num_steps=level.train.num_steps)
+            assert level == replace(own, train=train) and train.num_steps < own.train.num_steps
 
 
 @scales

@@ -10,7 +10,7 @@ initialisation, target and learning rate that suit l1, and see images in the sam
 
 Each arm also comes sampled with guidance that a sweep chose (`_guided`; l1 has nothing to be told, so its guide is its
 own weights after a quarter of its training: `l1_autoguided`), and l1 with more contrast, since a judge may take
-contrast for quality.
+contrast for quality. With `_class` every level is told the image's class as well, which l1 can then be guided by.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from nestdiff_core.config import (
 
 SHARES = {1: (1.0,), 2: (0.65, 0.35), 3: (0.65, 0.275, 0.075)}  # of an arm's FLOPs, from level 1 up
 CONTRAST = 1.2
+NUM_CLASSES = 10
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Scale:
     above: UViTConfig
     tflops: float
     macs: Macs
+    class_macs: Macs  # of denoisers that are told the class
     train: TrainConfig
 
     def num_steps(self, macs: float, share: float) -> int:
@@ -105,6 +107,7 @@ SMALL = Scale(
     above=_model(128, 4, 4),
     tflops=200.0,
     macs=Macs(one=25.803, star=59.891, first=32.782, second=25.179, top_second=18.298, third=2.120),
+    class_macs=Macs(one=27.340, star=63.445, first=34.713, second=26.535, top_second=19.391, third=3.175),
     train=_TRAIN,
 )
 # One large GPU: 256 tokens of 2x2 pixels.
@@ -116,24 +119,31 @@ LARGE = Scale(
     above=_model(384, 12, 6),
     tflops=25_000.0,
     macs=Macs(one=7028.4, star=9763.8, first=9188.8, second=566.01, top_second=424.25, third=49.619),
+    class_macs=Macs(one=7058.4, star=9804.8, first=9225.8, second=598.21, top_second=449.38, third=74.441),
     train=replace(_TRAIN, batch_size=256, lr=1e-3, precision="bfloat16", compile=True),
 )
 SCALES = {"16px": SMALL, "32px": LARGE}
 
 
 def arm(
-    scale: Scale, depth: int, *, star: bool = False, guided: bool = False, contrast: float = 1.0
+    scale: Scale,
+    depth: int,
+    *,
+    star: bool = False,
+    guided: bool = False,
+    classes: bool = False,
+    contrast: float = 1.0,
 ) -> ExperimentConfig:
     """One arm of the table; see the module's docstring. star: the enlarged network of depth 1."""
-    levels = _levels(scale, depth, star)
-    if guided and depth == 1:
+    levels = _levels(scale, scale.class_macs if classes else scale.macs, depth, star)
+    if guided and depth == 1 and not classes:
         own, kept = levels[0], scale.train.keep_every
         levels = (replace(own, guide_step=round(own.train.num_steps / 4 / kept) * kept),)
     return ExperimentConfig(
         images=ImagesConfig(source="webdataset", path="data/cifar10", resolution=scale.resolution, labels=True),
         encoder=EncoderConfig(kind="torchvision", name="squeezenet1_0", weights="hub", input_size=80),
         levels=levels,
-        conditioning=ConditioningConfig(levels="markov", injection="fusion"),
+        conditioning=ConditioningConfig(levels="markov", injection="fusion", labels="class" if classes else "none"),
         diffusion=DiffusionConfig(prediction="v"),
         sampling=SamplingConfig(
             num_evaluations=25, num_images=10_000, contrast=contrast, chosen_by="sweep" if guided else "config"
@@ -161,12 +171,12 @@ def judges(folder: str, scale: Scale) -> tuple[JudgeConfig, ...]:
         weights=f"{folder}/classifier.safetensors",
     )
     return (
-        JudgeConfig(name="classifier", num_classes=10, encoder=classifier),
+        JudgeConfig(name="classifier", num_classes=NUM_CLASSES, encoder=classifier),
         JudgeConfig(name="moco", encoder=EncoderConfig(kind="moco", weights=f"{folder}/moco")),
     )
 
 
-def _levels(scale: Scale, depth: int, star: bool) -> tuple[LevelConfig, ...]:
+def _levels(scale: Scale, macs: Macs, depth: int, star: bool) -> tuple[LevelConfig, ...]:
     models = (scale.star if star else scale.one, scale.above, scale.above)
     plain = (
         LevelConfig(level=1, patch_size=scale.patch_size),
@@ -174,8 +184,8 @@ def _levels(scale: Scale, depth: int, star: bool) -> tuple[LevelConfig, ...]:
         LevelConfig(level=3, grid=1, channels=32, condition_noise=0.25),
     )
     return tuple(
-        replace(level, model=model, train=replace(scale.train, num_steps=scale.num_steps(macs, share)))
-        for level, model, macs, share in zip(plain, models, scale.macs.of(depth, star), SHARES[depth], strict=False)
+        replace(level, model=model, train=replace(scale.train, num_steps=scale.num_steps(count, share)))
+        for level, model, count, share in zip(plain, models, macs.of(depth, star), SHARES[depth], strict=False)
     )
 
 
@@ -190,6 +200,11 @@ ARMS: dict[str, Callable[[Scale], ExperimentConfig]] = {
     "l3": partial(arm, depth=3),
     "l3_guided": partial(arm, depth=3, guided=True),
 }
+CLASS_ARMS: dict[str, Callable[[Scale], ExperimentConfig]] = {
+    f"l{depth}_class{'_guided' * guided}": partial(arm, depth=depth, classes=True, guided=guided)
+    for depth in SHARES
+    for guided in (False, True)
+}
 
 
 def _recipe(name: str, make: Callable[[Scale], ExperimentConfig], scale: Scale) -> ExperimentConfig:
@@ -199,5 +214,5 @@ def _recipe(name: str, make: Callable[[Scale], ExperimentConfig], scale: Scale) 
 RECIPES = {
     (name := f"cifar10_{sides}_{short}"): partial(_recipe, name, make, scale)
     for sides, scale in SCALES.items()
-    for short, make in ARMS.items()
+    for short, make in (ARMS | CLASS_ARMS).items()
 }
