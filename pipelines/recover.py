@@ -18,6 +18,7 @@ from pathlib import Path
 import dagster as dg
 from dagster._core.errors import raise_execution_interrupts
 from dagster._core.execution.plan.active import ActiveExecution
+from dagster._core.execution.plan.instance_concurrency_context import InstanceConcurrencyContext
 
 PROCESS = "nestdiff/process"  # tag of a run: who executes it
 UNFINISHED = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
@@ -96,16 +97,28 @@ def _exists(pid: int) -> bool:
 
 
 # --- waiting for a slot -------------------------------------------------------------------------------------------
+#
+# Dagster's own wait (as of 1.13.27) is a loop without a pause, on a whole core beside the training that has the slot.
 
 WAIT_SECONDS = 2.0
+PAUSE_SECONDS = 0.1  # a run whose steps are processes looks after those in the same loop
+
+_claim = InstanceConcurrencyContext.claim
+
+
+def claim(self: InstanceConcurrencyContext, concurrency_key: str, step_key: str, step_priority: int = 0) -> bool:
+    """Whether a step may begin, with a pause where it may not."""
+    if _claim(self, concurrency_key, step_key, step_priority):
+        return True
+    time.sleep(PAUSE_SECONDS)
+    return False
 
 
 def wait_for_slot(self: ActiveExecution) -> None:
     """What a run in one process does while no step of it may begin.
 
-    In place of Dagster's own (as of 1.13.27), which asks its database again without a pause, on a whole core, and hears
-    neither Ctrl-C nor a stop in the web UI until it has got the slot. Nor would it get one that was promised to a run
-    that has died while it waited.
+    In place of Dagster's own, which hears neither Ctrl-C nor a stop in the web UI until it has got the slot, and never
+    gets one that was promised to a run that has died while it waited.
     """
     if (slots := self._instance_concurrency_context) is not None:
         recover(slots._instance)
@@ -113,6 +126,7 @@ def wait_for_slot(self: ActiveExecution) -> None:
         time.sleep(max(self.sleep_interval(), WAIT_SECONDS))
 
 
+InstanceConcurrencyContext.claim = claim
 ActiveExecution.sleep_til_ready = wait_for_slot
 
 
