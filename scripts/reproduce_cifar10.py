@@ -160,7 +160,7 @@ def make(run: Run, device: str) -> int:
     file = save_experiment(run.x.config, run.x.root)
     nested = run.x.config.num_levels > 1
     wanted = ["images", "encoder", "features", "bases"] if nested else ["images"]
-    wanted += ["latents", *(["sweep"] if run.x.config.sampling.chosen_by == "sweep" else [])]
+    wanted += ["latents", "train", *(["sweep"] if run.x.config.sampling.chosen_by == "sweep" else [])]
     wanted += ["reference", "samples", "evaluation", *(["ladder"] if nested else [])]
     stages = [word for stage in wanted for word in ("--stage", stage)]
     return nestdiff(["run", str(file), *stages, "--device", device])

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from nestdiff_core.experiment import Experiment
+from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.files import read_json
 from nestdiff_core.models.nested import build_denoiser, count_macs
 from nestdiff_core.recipes import toy
 from scripts import reproduce_cifar10
-from scripts.reproduce_cifar10 import DISTANCES, NUMBERS, Run, curves, left, network, runs, write
+from scripts.reproduce_cifar10 import DISTANCES, NUMBERS, Run, curves, left, make, network, runs, write
 
 
 def asked(*arms: str, seeds: tuple[int, ...] = (0,)) -> list[Run]:
@@ -90,3 +91,15 @@ def test_curves_are_over_what_their_arm_has_cost(toy_run: Any, monkeypatch: pyte
     train, macs = x.config.level(1).train, count_macs(build_denoiser(x.config, 1, 0))
     assert spent[-1] == pytest.approx(6e-12 * macs * train.num_steps * train.batch_size)
     assert len(losses["l2"]) == len(spent) and losses["l2"] != losses["l2, told nothing"]
+
+
+def test_a_row_is_made_from_images_to_numbers(toy_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What there is is kept, what is missing is made: here all from the denoisers on."""
+    root = tmp_path / "artifacts"
+    made = ("denoiser", "samples", "evaluation", "ladder", "neighbours", "pictures", "report", "watch")
+    shutil.copytree(toy_run.root, root, ignore=shutil.ignore_patterns(*made))
+    monkeypatch.setenv("NESTDIFF_HOME", str(root))
+    x = Experiment(toy(), root)
+    assert make(Run("l2", 0, x), "cpu") == 0
+    for ref in (Ref("evaluation"), Ref("ladder")):
+        assert x.artifact(ref).digest == Experiment(toy(), toy_run.root).artifact(ref).digest
