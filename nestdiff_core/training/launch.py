@@ -302,6 +302,7 @@ def _run_agent(command: Sequence[str], environment: dict[str, str], *, stop_file
         stop_file.touch()
         _ask_to_stop(agent.pid)
 
+    others = _children(os.getpid())  # those of a notebook, say
     agent = subprocess.Popen(
         command,
         env={**os.environ, **environment},
@@ -314,7 +315,7 @@ def _run_agent(command: Sequence[str], environment: dict[str, str], *, stop_file
             time.sleep(0.05)
             if asked and time.monotonic() - asked[0] > GRACE_SECONDS:
                 agent.kill()
-        _end_orphans(give_up=0.0 if asked and status == -signal.SIGKILL else GRACE_SECONDS)
+        _end_orphans(others, give_up=0.0 if asked and status == -signal.SIGKILL else GRACE_SECONDS)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -328,11 +329,12 @@ def _begin_agent(parent: int) -> None:
         os._exit(Interrupted.code)
 
 
-def _end_orphans(give_up: float) -> None:
-    """Wait until no child is left: the workers of a killed agent, which save and end; after `give_up` s kill them."""
+def _end_orphans(others: Sequence[int], give_up: float) -> None:
+    """Wait until no child is left but `others`: the workers of a killed agent, which save and end; after `give_up` s
+    kill them."""
     end = time.monotonic() + give_up
-    while children := _children(os.getpid()):
-        for pid in children:
+    while orphans := set(_children(os.getpid())).difference(others):
+        for pid in orphans:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
             if time.monotonic() >= end:

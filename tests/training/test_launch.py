@@ -16,6 +16,7 @@ from processes import listening, wait_for
 from nestdiff_core.cli.digest import experiment_digests
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.recipes import load_experiment
+from nestdiff_core.training import launch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 300
@@ -153,6 +154,17 @@ def test_a_refusal_of_any_process_is_the_last_word(tmp_path: Path, monkeypatch: 
     main(["train", "toy", "--level=1", "--device=cpu"])
     report = json.loads((tmp_path / "exit.json").read_text())
     assert report["code"] == 4 and json.loads(report["said"].splitlines()[-1])["error"] == "Shard 3 is cut"
+
+
+def test_other_children_of_the_caller_live_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch waits for the end of its own processes only, and kills none that a notebook or a test has started."""
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 0.5)
+    with subprocess.Popen(["sleep", "60"]) as other:
+        try:
+            assert launch._run_agent(["false"], {}, stop_file=tmp_path / "stop") == 1
+            assert other.poll() is None
+        finally:
+            other.kill()
 
 
 def test_two_processes_train_like_one(long_run: Experiment, tmp_path_factory: pytest.TempPathFactory) -> None:
