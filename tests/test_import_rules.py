@@ -19,10 +19,21 @@ ROOT = Path(__file__).parents[1]
 )
 def test_light_module_loads_neither_torch_nor_dagster(module: str) -> None:
     """What `--help`, a wrong argument and Dagster's definitions need is there without the seconds that torch costs."""
-    heavy = "{'torch', 'dagster', 'timm', 'open_clip', 'sklearn'}"
-    command = f"import sys, {module}; print(*{heavy} & sys.modules.keys())"
+    assert loaded(module, {"torch", "dagster", "timm", "open_clip", "sklearn"}) == []
+
+
+def test_a_worker_waits_for_no_library_that_it_does_not_use() -> None:
+    """Each process of a training imports the stages. torchvision, with the compiler that it loads, takes as long as
+    torch itself."""
+    unused = {"dagster", "timm", "open_clip", "torchvision", "torch_fidelity", "torch._dynamo", "sklearn", "scipy"}
+    assert loaded("nestdiff_core.stages", unused) == []
+
+
+def loaded(module: str, watched: set[str]) -> list[str]:
+    """Which of these there are after an import of `module`."""
+    command = f"import sys, {module}; print(*{watched} & sys.modules.keys())"
     said = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert said.stdout.split() == []
+    return said.stdout.split()
 
 
 def test_asset_and_pipeline_modules_keep_live_annotations() -> None:

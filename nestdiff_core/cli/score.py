@@ -106,7 +106,7 @@ def _spaces(
     arguments: argparse.Namespace, x: Experiment | None, against: Experiment | None, device: str, progress: Any
 ) -> list[Any]:
     """What is known of REFERENCE in every space."""
-    from nestdiff_core.evaluation.extractors import extract_all
+    from nestdiff_core.evaluation.features import extract_all
     from nestdiff_core.evaluation.picture_sets import open_images
     from nestdiff_core.evaluation.reference import AS_THEY_ARE, BICUBIC, Space, load_statistics, resize_filter_of
     from nestdiff_core.stages.reference import open_spaces
@@ -212,7 +212,7 @@ def _require(arguments: argparse.Namespace, there: list[str]) -> None:
 
 
 def _estimate(place: str, images: Any, extractors: list[Any], batch_size: int) -> None:
-    from nestdiff_core.evaluation.extractors import estimate_seconds
+    from nestdiff_core.evaluation.features import estimate_seconds
 
     what, seconds = ", ".join(e.kind for e in extractors), estimate_seconds(images, extractors, batch_size=batch_size)
     print(f"{place}: {len(images):,} images in {what}, {duration(seconds)}", file=sys.stderr)

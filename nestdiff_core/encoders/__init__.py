@@ -1,6 +1,9 @@
 """The frozen visual encoder: pre-trained here (moco), from timm, open_clip or torchvision, or the autoencoder.
 
 An `encoder` artifact holds `model.safetensors` and `config.json`; the second says how to build the network again.
+
+The libraries are imported where a network of theirs is built: together they take seconds, which a denoiser's worker,
+a check or a table of numbers need not wait for.
 """
 
 from __future__ import annotations
@@ -16,9 +19,7 @@ from nestdiff_core.artifacts import Artifact, ArtifactWriter, open_artifact
 from nestdiff_core.config import AutoencoderConfig, EncoderConfig
 from nestdiff_core.config_io import from_dict, to_dict
 from nestdiff_core.encoders.base import Encoder, feature_shapes, normalisation
-from nestdiff_core.encoders.clip import ClipEncoder, clip_encoder, clip_network
 from nestdiff_core.encoders.code import CodeEncoder, code_encoder
-from nestdiff_core.encoders.convnet import ConvEncoder, torchvision_classifier, torchvision_encoder, torchvision_network
 from nestdiff_core.encoders.extract import (
     encode_captions,
     encode_crops,
@@ -26,8 +27,6 @@ from nestdiff_core.encoders.extract import (
     extract_features,
 )
 from nestdiff_core.encoders.knn import compare
-from nestdiff_core.encoders.moco import pixel_statistics, train_moco, training_batches, untrained
-from nestdiff_core.encoders.vit import ViTEncoder, load_weights, timm_encoder, timm_network
 from nestdiff_core.encoders.weights import fill, read_weights
 from nestdiff_core.errors import ConfigError
 from nestdiff_core.files import read_json, replacing, sha256_file, write_json
@@ -66,6 +65,8 @@ def build_encoder(
     losses: list[float] = []
     match config.kind:
         case "moco":
+            from nestdiff_core.encoders.moco import pixel_statistics, train_moco, training_batches
+
             mean, std = normalisation(config, *pixel_statistics(index))
             batches = training_batches(index, config.moco.batch_size, config.moco.seed)
             encoder, losses = train_moco(config, batches, mean, std, device=device, progress=progress)
@@ -121,6 +122,8 @@ def build_judge(config: EncoderConfig, *, num_classes: int = 0, device: str | to
     the head of a network of torchvision, which then is a `Classifier`.
     """
     if num_classes:
+        from nestdiff_core.encoders.convnet import torchvision_classifier
+
         return torchvision_classifier(config, num_classes).to(device).eval().requires_grad_(False)
     if config.kind == "moco":
         artifact = open_artifact(Path(config.weights).expanduser(), stage="encoder")
@@ -149,12 +152,20 @@ def _untrained(record: dict[str, Any], device: str | torch.device) -> Encoder:
     size = config.input_size
     match config.kind:
         case "moco":
+            from nestdiff_core.encoders.moco import untrained
+
             encoder = untrained(config, mean, std)
         case "timm":
+            from nestdiff_core.encoders.vit import ViTEncoder, timm_network
+
             encoder = ViTEncoder(timm_network(config), input_size=size, in_channels=3, mean=mean, std=std)
         case "open_clip":
+            from nestdiff_core.encoders.clip import ClipEncoder, clip_network
+
             encoder = ClipEncoder(clip_network(config, fetch=False), input_size=size, mean=mean, std=std)
         case "torchvision":
+            from nestdiff_core.encoders.convnet import ConvEncoder, torchvision_network
+
             network = torchvision_network(config, fetch=False)
             encoder = ConvEncoder(network, input_size=size, mean=mean, std=std)
         case "autoencoder":
@@ -173,10 +184,19 @@ def _published(config: EncoderConfig) -> Encoder:
     """A library's network with the weights that `config` names."""
     match config.kind:
         case "timm":
-            return _timm(config)
+            from nestdiff_core.encoders.vit import load_weights, timm_encoder, timm_network
+
+            network = timm_network(config, pretrained=config.weights == "hub")
+            if config.weights not in ("hub", "random"):
+                load_weights(network, Path(config.weights).expanduser())
+            return timm_encoder(config, network)
         case "open_clip":
+            from nestdiff_core.encoders.clip import clip_encoder, clip_network
+
             return clip_encoder(config, clip_network(config, fetch=True))
         case "torchvision":
+            from nestdiff_core.encoders.convnet import torchvision_encoder, torchvision_network
+
             return torchvision_encoder(config, torchvision_network(config, fetch=True))
     raise ConfigError(
         "An encoder of this kind cannot be made without images",
@@ -185,13 +205,6 @@ def _published(config: EncoderConfig) -> Encoder:
         found=config.kind,
         fix="Choose one of these.",
     )
-
-
-def _timm(config: EncoderConfig) -> ViTEncoder:
-    network = timm_network(config, pretrained=config.weights == "hub")
-    if config.weights not in ("hub", "random"):
-        load_weights(network, Path(config.weights).expanduser())
-    return timm_encoder(config, network)
 
 
 def _required(autoencoder: AutoencoderConfig | None) -> AutoencoderConfig:

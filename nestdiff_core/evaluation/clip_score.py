@@ -24,7 +24,8 @@ from nestdiff_core.encoders.base import unit_range
 from nestdiff_core.encoders.clip import image_tower
 from nestdiff_core.encoders.text import WHERE, build_text_tower
 from nestdiff_core.errors import InputError
-from nestdiff_core.evaluation.extractors import Images, PixelDigest, batches, weights_sha256
+from nestdiff_core.evaluation.extractors import weights_sha256
+from nestdiff_core.evaluation.features import Images, PixelDigest, batches
 from nestdiff_core.progress import Progress, silent
 
 

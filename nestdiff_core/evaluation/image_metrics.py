@@ -8,7 +8,7 @@
     inception_score   of the samples alone (arXiv 1606.03498); with inception only
     class_entropy, num_classes_seen, confidence   of the samples alone, by a judge that tells classes apart (classes.py)
 
-Each set passes through its extractor once (extractors.extract); torch-fidelity's own functions are given the features.
+Each set passes through its extractor once (features.extract); torch-fidelity's own functions are given the features.
 fd, fd_infinity and the score are of all images, the others of at most `MAX_KEPT` random ones of each set.
 """
 
@@ -19,21 +19,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 
 from nestdiff_core.errors import IntegrityError, NumericsError
 from nestdiff_core.evaluation.classes import classes_of
-from nestdiff_core.evaluation.extractors import (
-    MAX_KEPT,
-    SCORE_SEED,
-    SCORE_SPLITS,
-    Extractor,
-    FeatureSet,
-    Images,
-    extract,
-)
+from nestdiff_core.evaluation.extractors import Extractor
+from nestdiff_core.evaluation.features import MAX_KEPT, SCORE_SEED, SCORE_SPLITS, FeatureSet, Images, extract
 from nestdiff_core.evaluation.gaussian import LEAST_SIZES, PARTS, frechet_distance, limit, random_parts
 from nestdiff_core.latents.moments import Moments
 
@@ -202,6 +192,8 @@ def _neighbours(samples: FeatureSet, reference: FeatureSet, k: int, seed: int) -
     n = min(len(fake.values), len(real.values))
     if n <= k:
         return _Part(warnings=(f"precision and recall: left out, {k} neighbours need more than {n} images.",))
+    from torch_fidelity.metric_prc import prc_features_to_metric  # with torchvision, which takes seconds to import
+
     found = prc_features_to_metric(
         fake.values, real.values, prc_neighborhood=k, prc_batch_size=1_000, save_cpu_ram=True, verbose=False
     )
@@ -214,6 +206,8 @@ def _kernel(samples: FeatureSet, reference: FeatureSet, name: str, seed: int) ->
     size = min(MAX_KERNEL_SUBSET, n // 2)
     if size < MIN_KERNEL_SUBSET:
         return _Part(warnings=(f"{name}: left out, needs {2 * MIN_KERNEL_SUBSET} images and there are {n}.",))
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
     found = kid_features_to_metric(
         samples.values,
         reference.values,
@@ -236,6 +230,8 @@ def _score(samples: FeatureSet) -> _Part:
         warning = f"inception_score: left out, needs {MIN_SCORE_IMAGES} images and there are {len(samples)}."
         return _Part(warnings=(warning,))
     if samples.score is None:
+        from torch_fidelity.metric_isc import isc_features_to_metric
+
         found = isc_features_to_metric(samples.logits, SCORE_SPLITS, rng_seed=SCORE_SEED)
         mean, deviation = found["inception_score_mean"], found["inception_score_std"]
     else:

@@ -34,7 +34,8 @@ import torch
 from torch import Tensor
 
 from nestdiff_core.evaluation.bootstrap import RESAMPLES, deviation, frechet_resamples
-from nestdiff_core.evaluation.extractors import Extractor, FeatureSet, Images, extract
+from nestdiff_core.evaluation.extractors import Extractor
+from nestdiff_core.evaluation.features import FeatureSet, Images, extract
 from nestdiff_core.evaluation.gaussian import Gaussian
 from nestdiff_core.evaluation.image_metrics import feature_metrics
 from nestdiff_core.evaluation.latent_metrics import averaged, gaussian_like, latent_metrics

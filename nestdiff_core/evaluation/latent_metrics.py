@@ -24,7 +24,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nestdiff_core.errors import InputError, NumericsError
-from nestdiff_core.evaluation.extractors import Extractor, FeatureSet
+from nestdiff_core.evaluation.extractors import Extractor
+from nestdiff_core.evaluation.features import FeatureSet
 from nestdiff_core.evaluation.image_metrics import MAX_NEIGHBOUR_IMAGES, feature_metrics
 
 MAX_NUMBERS = 1024

@@ -22,7 +22,7 @@ from jaxtyping import UInt8
 from nestdiff_core.artifacts import open_artifact
 from nestdiff_core.config import ImagesConfig
 from nestdiff_core.errors import InputError, IntegrityError
-from nestdiff_core.evaluation.extractors import Images
+from nestdiff_core.evaluation.features import Images
 from nestdiff_core.evaluation.samples import StoredSamples, load_samples
 from nestdiff_core.experiment import home
 from nestdiff_core.files import MANIFEST, PARTS, is_sealed, read_json

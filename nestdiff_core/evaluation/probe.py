@@ -20,7 +20,8 @@ from sklearn.ensemble import ExtraTreesClassifier
 
 from nestdiff_core.errors import InputError, IntegrityError
 from nestdiff_core.evaluation.classes import classes_of
-from nestdiff_core.evaluation.extractors import Images, area_resize, batches
+from nestdiff_core.evaluation.extractors import area_resize
+from nestdiff_core.evaluation.features import Images, batches
 
 SIDE = 16
 MAX_TRAIN_IMAGES = 10_000

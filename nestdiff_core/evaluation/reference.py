@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from nestdiff_core.errors import InputError, IntegrityError
-from nestdiff_core.evaluation.extractors import Extractor, FeatureSet, extract
+from nestdiff_core.evaluation.extractors import Extractor
+from nestdiff_core.evaluation.features import FeatureSet, extract
 from nestdiff_core.evaluation.gaussian import Gaussian
 from nestdiff_core.evaluation.samples import load_samples, write_npz
 from nestdiff_core.files import sha256_file

@@ -12,7 +12,8 @@ from jaxtyping import Int
 
 from nestdiff_core.evaluation.bootstrap import deviation, frechet_resamples
 from nestdiff_core.evaluation.card import MetricCard, SampleOrigin
-from nestdiff_core.evaluation.extractors import Extractor, FeatureSet, Images, extract_all
+from nestdiff_core.evaluation.extractors import Extractor
+from nestdiff_core.evaluation.features import FeatureSet, Images, extract_all
 from nestdiff_core.evaluation.image_metrics import Numbers, feature_metrics
 from nestdiff_core.evaluation.reference import Space
 from nestdiff_core.progress import Progress, silent

@@ -21,7 +21,6 @@ from nestdiff_core.encoders import (
     feature_shapes,
     load_encoder,
 )
-from nestdiff_core.encoders.text import build_text_tower
 from nestdiff_core.encoders.weights import weights_digest
 from nestdiff_core.errors import ConfigError, InputError
 from nestdiff_core.experiment import Experiment, Ref
@@ -134,6 +133,8 @@ def text(
     count = config.captions_per_image
 
     def start(index: ImageIndex, folder: Path) -> _Encoding:
+        from nestdiff_core.encoders.text import build_text_tower  # open_clip takes seconds to import
+
         tower = build_text_tower(config, device=device)
         save_file({loading.TOKENS: tower.encode([""]).cpu().contiguous()}, folder / loading.EMPTY_CAPTION)
 

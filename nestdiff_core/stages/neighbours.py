@@ -16,7 +16,8 @@ from torch import Tensor
 from nestdiff_core import loading
 from nestdiff_core.artifacts import Artifact
 from nestdiff_core.encoders import load_encoder
-from nestdiff_core.evaluation.extractors import Extractor, Images, batches, encoder_extractor
+from nestdiff_core.evaluation.extractors import Extractor, encoder_extractor
+from nestdiff_core.evaluation.features import Images, batches
 from nestdiff_core.evaluation.figures import neighbour_grid
 from nestdiff_core.evaluation.latent_metrics import averaged
 from nestdiff_core.evaluation.neighbours import Block, block_size, copy_numbers, nearest, verdicts

@@ -9,7 +9,8 @@ from nestdiff_core.artifacts import Artifact
 from nestdiff_core.encoders import build_judge, load_encoder
 from nestdiff_core.encoders.weights import weights_digest
 from nestdiff_core.errors import ConfigError
-from nestdiff_core.evaluation.extractors import Extractor, FeatureSet, build_extractor, estimate_seconds, extract_all
+from nestdiff_core.evaluation.extractors import Extractor, build_extractor
+from nestdiff_core.evaluation.features import FeatureSet, estimate_seconds, extract_all
 from nestdiff_core.evaluation.reference import (
     BICUBIC,
     Space,

@@ -12,7 +12,7 @@ import numpy as np
 from nestdiff_core import loading
 from nestdiff_core.artifacts import Artifact, ArtifactWriter
 from nestdiff_core.evaluation.card import MetricCard, SampleOrigin
-from nestdiff_core.evaluation.extractors import estimate_seconds
+from nestdiff_core.evaluation.features import estimate_seconds
 from nestdiff_core.evaluation.reference import BICUBIC
 from nestdiff_core.evaluation.report import Labelled, evaluate
 from nestdiff_core.evaluation.samples import Blocks, StoredSamples, save_samples, write_npz, write_safetensors

@@ -15,7 +15,7 @@ from torch import Tensor
 from nestdiff_core import loading
 from nestdiff_core.artifacts import Artifact, ArtifactWriter
 from nestdiff_core.errors import ConfigError, InputError
-from nestdiff_core.evaluation.extractors import extract
+from nestdiff_core.evaluation.features import extract
 from nestdiff_core.evaluation.gaussian import Gaussian, frechet_distance
 from nestdiff_core.evaluation.image_metrics import feature_metrics
 from nestdiff_core.evaluation.latent_metrics import averaged, density_coverage

@@ -20,7 +20,7 @@ from nestdiff_core import loading
 from nestdiff_core.artifacts import Artifact
 from nestdiff_core.errors import IntegrityError
 from nestdiff_core.evaluation.bootstrap import deviation, frechet_resamples
-from nestdiff_core.evaluation.extractors import extract
+from nestdiff_core.evaluation.features import extract
 from nestdiff_core.evaluation.image_metrics import feature_metrics
 from nestdiff_core.evaluation.ladder import level_numbers
 from nestdiff_core.evaluation.latent_metrics import averaged

@@ -15,7 +15,8 @@ from torchvision.transforms.v2 import functional as transforms
 from nestdiff_core.config import TextConfig
 from nestdiff_core.errors import InputError, IntegrityError
 from nestdiff_core.evaluation.clip_score import Clip, build_clip, clip_score
-from nestdiff_core.evaluation.extractors import extract, pixel_extractor
+from nestdiff_core.evaluation.extractors import pixel_extractor
+from nestdiff_core.evaluation.features import extract
 
 CAPTIONS = ["a red square", "a dog that runs over a green field", "", "two people at a table"]
 

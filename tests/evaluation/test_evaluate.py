@@ -11,10 +11,11 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from nestdiff_core.config import ExperimentConfig
-from nestdiff_core.evaluation import extractors
+from nestdiff_core.evaluation import features
 from nestdiff_core.evaluation.bootstrap import frechet_resamples
 from nestdiff_core.evaluation.card import MetricCard, SampleOrigin, differences
-from nestdiff_core.evaluation.extractors import encoder_extractor, extract, pixel_extractor
+from nestdiff_core.evaluation.extractors import encoder_extractor, pixel_extractor
+from nestdiff_core.evaluation.features import extract
 from nestdiff_core.evaluation.report import Labelled, evaluate, measured_spaces
 
 ORIGIN = SampleOrigin.of(ExperimentConfig(), {1: "abc"})
@@ -164,7 +165,7 @@ def test_the_limit_is_below_the_number_and_beside_the_floors(sets: dict[str, np.
 
 def test_more_held_out_images_than_are_kept_have_a_floor_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 900 images features of 300 are kept: all floors, fd_infinity's included, are of as many held-out images."""
-    monkeypatch.setattr(extractors, "MAX_KEPT", 300)
+    monkeypatch.setattr(features, "MAX_KEPT", 300)
     draw = [np.random.default_rng(k).integers(0, 256, (900, 2, 2, 1), dtype=np.uint8) for k in range(3)]
     space = measured_spaces([pixel_extractor()], draw[0], draw[1])
     for count in (200, 900):

@@ -16,12 +16,11 @@ from nestdiff_core.errors import ConfigError, EnvironmentFault, InputError, Inte
 from nestdiff_core.evaluation.extractors import (
     build_extractor,
     encoder_extractor,
-    extract,
-    extract_all,
     inception_extractor,
     pixel_extractor,
     weights_sha256,
 )
+from nestdiff_core.evaluation.features import extract, extract_all
 
 
 class TinyEncoder(nn.Module):

@@ -9,7 +9,8 @@ import torch
 import torch_fidelity
 
 from nestdiff_core.errors import InputError, IntegrityError, NumericsError
-from nestdiff_core.evaluation.extractors import Extractor, FeatureSet, pixel_extractor
+from nestdiff_core.evaluation.extractors import Extractor, pixel_extractor
+from nestdiff_core.evaluation.features import FeatureSet
 from nestdiff_core.evaluation.image_metrics import feature_metrics, floor, image_metrics
 
 SPACE = Extractor("encoder", "none", {}, lambda images: (torch.zeros(1), None))

@@ -16,7 +16,8 @@ from nestdiff_core import loading, stages
 from nestdiff_core.cli import main
 from nestdiff_core.config import DiffusionConfig, ExperimentConfig, LadderConfig
 from nestdiff_core.errors import IntegrityError
-from nestdiff_core.evaluation.extractors import extract, pixel_extractor
+from nestdiff_core.evaluation.extractors import pixel_extractor
+from nestdiff_core.evaluation.features import extract
 from nestdiff_core.evaluation.figures import ladder_plot
 from nestdiff_core.evaluation.image_metrics import image_metrics
 from nestdiff_core.evaluation.ladder import image_ladder, ladder_table, level_numbers, level_table, verdicts

@@ -19,9 +19,10 @@ from nestdiff_core import loading, stages
 from nestdiff_core.cli import main
 from nestdiff_core.config import EncoderConfig, EvaluationConfig, JudgeConfig
 from nestdiff_core.errors import ConfigError, InputError, IntegrityError
-from nestdiff_core.evaluation import extractors
+from nestdiff_core.evaluation import features
 from nestdiff_core.evaluation.card import MetricCard
-from nestdiff_core.evaluation.extractors import Extractor, extract, extract_all, pixel_extractor
+from nestdiff_core.evaluation.extractors import Extractor, pixel_extractor
+from nestdiff_core.evaluation.features import extract, extract_all
 from nestdiff_core.evaluation.image_metrics import feature_metrics
 from nestdiff_core.evaluation.reference import describe, load_statistics, save_statistics
 from nestdiff_core.evaluation.samples import save_samples
@@ -65,7 +66,7 @@ def with_logits() -> Extractor:
 
 @pytest.fixture
 def few_kept(monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(extractors, "MAX_KEPT", 300)
+    monkeypatch.setattr(features, "MAX_KEPT", 300)
     return 300
 
 
@@ -80,7 +81,7 @@ def test_a_large_set_has_the_numbers_of_all_its_images(few_kept: int) -> None:
     distance = fid_statistics_to_metric(theirs, other, verbose=False)["frechet_inception_distance"]
     assert numbers["fid"] == pytest.approx(distance, rel=1e-6)
     assert logits is not None
-    score = isc_features_to_metric(logits, rng_seed=extractors.SCORE_SEED)
+    score = isc_features_to_metric(logits, rng_seed=features.SCORE_SEED)
     assert found.score is not None
     assert found.score == pytest.approx((score["inception_score_mean"], score["inception_score_std"]), rel=1e-9)
     assert numbers["inception_score"] == found.score[0]

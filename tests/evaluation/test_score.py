@@ -15,7 +15,8 @@ from webdataset.writer import TarWriter
 
 from nestdiff_core.cli import main
 from nestdiff_core.evaluation.card import MetricCard
-from nestdiff_core.evaluation.extractors import extract, pixel_extractor
+from nestdiff_core.evaluation.extractors import pixel_extractor
+from nestdiff_core.evaluation.features import extract
 from nestdiff_core.evaluation.image_metrics import feature_metrics
 from nestdiff_core.evaluation.picture_sets import open_images
 from nestdiff_core.evaluation.samples import save_samples

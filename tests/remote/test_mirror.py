@@ -23,7 +23,7 @@ from nestdiff_core.cli import main
 from nestdiff_core.config import EncoderConfig, ExperimentConfig, ImagesConfig, WatchConfig
 from nestdiff_core.encoders import extract
 from nestdiff_core.errors import IntegrityError
-from nestdiff_core.evaluation.extractors import extract_all
+from nestdiff_core.evaluation.features import extract_all
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.files import is_bulk
 from nestdiff_core.recipes import toy
