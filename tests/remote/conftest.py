@@ -70,8 +70,12 @@ def radosgw(folder: Path) -> Iterator[str]:
     conf.write_text(CEPH_CONF.format(folder=folder, fsid=fsid, monitor=monitor, gateway=gateway))
     ceph, children = ("-c", str(conf)), []
 
-    def run(*command: str) -> None:
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
+    def run(*command: str, seconds: float = 0.0) -> None:
+        """seconds: for how long it may be refused."""
+        end = time.monotonic() + seconds
+        while (done := subprocess.run(command, capture_output=True, text=True, timeout=60)).returncode:
+            assert time.monotonic() < end, f"{command}: {done.stderr}"
+            time.sleep(0.5)
 
     def start(*command: str) -> None:
         children.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
@@ -84,7 +88,8 @@ def radosgw(folder: Path) -> Iterator[str]:
         start("ceph-mon", *ceph, "-i", "a", "-f")
         run("ceph", *ceph, "--connect-timeout", "30", "osd", "new", osd)
         run("ceph-osd", *ceph, "-i", "0", "--mkfs", "--osd-uuid", osd)
-        run("ceph", *ceph, "osd", "crush", "add", "osd.0", "1.0", "root=default", "host=h1")
+        # a busy monitor refuses it until it knows the OSD
+        run("ceph", *ceph, "osd", "crush", "add", "osd.0", "1.0", "root=default", "host=h1", seconds=30)
         start("ceph-osd", *ceph, "-i", "0", "-f")
         user = ("--uid=t", "--display-name=t", f"--access-key={ACCESS}", f"--secret={SECRET}")
         run("radosgw-admin", *ceph, "user", "create", *user)

@@ -1,9 +1,13 @@
 """What a step is trained on: a function of the seed and its number."""
 
+from __future__ import annotations
+
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -170,12 +174,28 @@ def test_a_batch_that_cannot_be_made_stops_its_own_step(batches: LatentBatches, 
     assert set(threading.enumerate()) <= before
 
 
+class Timed:
+    """A function that is at least four times as slow as another last was, however busy the machine."""
+
+    def __init__(self, work: Callable[..., Any], slower_than: Timed | None = None) -> None:
+        self.work, self.other, self.seconds = work, slower_than, 0.0
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        if self.other is not None:
+            time.sleep(0.05 + 4 * self.other.seconds)
+        began = time.monotonic()
+        result = self.work(*arguments, **named)
+        self.seconds = time.monotonic() - began
+        return result
+
+
 def test_log_lines_say_how_long_batches_were_waited_for(batches: LatentBatches, tmp_path: Path) -> None:
     """As a share of the time since the last line: about all of it where batches are slow, next to none else."""
     slow, fast = (trainer(batches, tmp_path / name) for name in ("slow", "fast"))
-    make_slow, step_fast = slow.batch, fast.train_step
-    slow.batch = lambda step: (time.sleep(0.2), make_slow(step))[1]
-    fast.train_step = lambda *a, **k: (time.sleep(0.05), step_fast(*a, **k))[1]
+    slow.train_step = Timed(slow.train_step)
+    slow.batch = Timed(slow.batch, slower_than=slow.train_step)
+    fast.batch = Timed(fast.batch)
+    fast.train_step = Timed(fast.train_step, slower_than=fast.batch)
     for t in (slow, fast):
         t.run(until_step=10)
     assert slow.history[-1]["loader_wait"] > 0.5
