@@ -23,7 +23,7 @@ quickstart: ready ## Run the whole pipeline on real handwritten digits, minutes 
 	$(IN_VENV) python -m nestdiff_core inspect digits
 
 test: ready ## Run the tests; ARGS are pytest's, as in: make test ARGS="-k schedule"
-	$(IN_VENV) python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
+	$(IN_VENV) python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: ready ## Run the linter, the formatter, the type checker and the import rules
 	$(IN_VENV) ruff check

@@ -11,6 +11,23 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests and the processes that they start share two cores
 os.environ.pop("NESTDIFF_EXPERIMENT", None)
 REPOSITORY = Path(__file__).resolve().parents[1]
+# Files of few but slow tests. They come first, so that no worker is left alone with one at the end (xdist would take
+# files by their number of tests).
+SLOW = (
+    "test_families.py",
+    "test_quickstart.py",
+    "faults/test_dagster.py",
+    "cluster/",
+    "test_launch.py",
+    "test_mirror.py",
+    "test_loop.py",
+    "faults/test_training.py",
+    "test_reproduce_cifar10.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not any(name in item.nodeid for name in SLOW))
 
 
 @dataclass(frozen=True)
