@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,8 +124,8 @@ def run_torchrun(command: Sequence[str], *, num_processes: int, hosts: Hosts | N
     SIGTERM and SIGINT are passed on to the workers, which save and end. None of them lives when this returns. Raises
     EnvironmentFault where the hosts do not meet.
     """
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # before the agent is: its children become ours when it is killed
-    with tempfile.TemporaryDirectory(prefix="nestdiff-") as folder:
+    # Before the agent is: its children become ours when it is killed.
+    with _adopting(), tempfile.TemporaryDirectory(prefix="nestdiff-") as folder:
         exit_file, lost_file = Path(folder) / "exit.json", Path(folder) / "agent.json"
         meeting, environment = _one_host(Path(folder)) if hosts is None else hosts.options()
         agent = [
@@ -176,6 +176,16 @@ def run_torchrun(command: Sequence[str], *, num_processes: int, hosts: Hosts | N
             print(f"The host of the meeting point is gone or not there yet ({lost}). Joining again.", file=sys.stderr)
             lost_file.unlink()
             time.sleep(1.0)
+
+
+@contextlib.contextmanager
+def _adopting() -> Iterator[None]:
+    """Within the block, a descendant whose parent dies becomes a child of this process (Linux)."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        yield
+    finally:
+        _prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
 
 def _one_host(folder: Path) -> tuple[list[str], dict[str, str]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import listening, wait_for
+from processes import listening, parent, wait_for
 
 from nestdiff_core.cli.digest import experiment_digests
 from nestdiff_core.experiment import Experiment, Ref
@@ -165,6 +165,23 @@ def test_other_children_of_the_caller_live_on(tmp_path: Path, monkeypatch: pytes
             assert other.poll() is None
         finally:
             other.kill()
+
+
+def test_orphans_are_adopted_while_a_launch_lasts() -> None:
+    """And no longer: a notebook would never reap them."""
+
+    def parent_of_an_orphan() -> int:
+        done = subprocess.run(["sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"], capture_output=True, text=True, check=True)
+        orphan = int(done.stdout)
+        try:
+            return parent(orphan)
+        finally:
+            os.kill(orphan, signal.SIGKILL)
+
+    with launch._adopting():
+        assert parent_of_an_orphan() == os.getpid()
+        os.waitpid(-1, 0)
+    assert parent_of_an_orphan() != os.getpid()
 
 
 def test_two_processes_train_like_one(long_run: Experiment, tmp_path_factory: pytest.TempPathFactory) -> None:
