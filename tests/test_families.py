@@ -67,9 +67,19 @@ def level(number: int, **settings: object) -> LevelConfig:
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
     """A shard of 120 labelled photographs."""
-    shard = tmp_path / "photographs.tar"
-    with tarfile.open(SHARED / "data/tinyimagenet20/tin20-val-00000.tar.gz") as whole, tarfile.open(shard, "w") as part:
-        for member in itertools.islice(whole, 120 * 3):
+    return first_samples(120, SHARED / "data/tinyimagenet20/tin20-val-00000.tar.gz", tmp_path / "photographs.tar")
+
+
+@pytest.fixture
+def captioned(tmp_path: Path) -> Path:
+    """A shard of 120 photographs, five captions each."""
+    return first_samples(120, SHARED / "data/coco_captions/coco256-open-00000.tar", tmp_path / "captioned.tar")
+
+
+def first_samples(count: int, source: Path, shard: Path) -> Path:
+    """The first samples, of three members each, of a shard."""
+    with tarfile.open(source) as whole, tarfile.open(shard, "w") as part:
+        for member in itertools.islice(whole, 3 * count):
             part.addfile(member, whole.extractfile(member))
     return shard
 
@@ -90,10 +100,10 @@ def iclr(path: Path) -> ExperimentConfig:
     )
 
 
-def cvpr() -> ExperimentConfig:
+def cvpr(path: Path) -> ExperimentConfig:
     return ExperimentConfig(
         name="tiny_cvpr",
-        images=ImagesConfig(source="webdataset", path=str(SHARED / "data" / "coco_captions"), resolution=128),
+        images=ImagesConfig(source="webdataset", path=str(path), resolution=64),
         encoder=SQUEEZENET,
         autoencoder=TAEF2,
         levels=(
@@ -157,11 +167,11 @@ def test_iclr_family_through_the_stages(tmp_path: Path, photographs: Path) -> No
 
 @needs_shared
 @pytest.mark.timeout(900)  # five levels, each trained, judged and drawn
-def test_cvpr_family_through_dagster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cvpr_family_through_dagster(tmp_path: Path, captioned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The quickstart job makes crops, caption tokens, a mixed hierarchy, four denoisers, samples and a number."""
     monkeypatch.setenv("NESTDIFF_HOME", str(tmp_path / "artifacts"))
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
-    config = cvpr()
+    config = cvpr(captioned)
     with dg.DagsterInstance.get() as instance:
         result = build_definitions(config).resolve_job_def("quickstart").execute_in_process(instance=instance)
         assert result.success

@@ -142,6 +142,8 @@ def test_reader_crosses_processes(tmp_path: Path, method: str) -> None:
     reader.read(np.arange(3))
     with multiprocessing.get_context(method).Pool(1) as pool:
         np.testing.assert_array_equal(pool.apply(StoreReader.read, (reader, np.arange(13))), rows["map"])
+        pool.close()
+        pool.join()
 
 
 def test_pickle_is_small(tmp_path: Path) -> None:

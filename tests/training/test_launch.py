@@ -171,7 +171,9 @@ def test_orphans_are_adopted_while_a_launch_lasts() -> None:
     """And no longer: a notebook would never reap them."""
 
     def parent_of_an_orphan() -> int:
-        done = subprocess.run(["sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"], capture_output=True, text=True, check=True
+        )
         orphan = int(done.stdout)
         try:
             return parent(orphan)
