@@ -7,7 +7,9 @@ output means (eps, v or x) is the diffusion's business; condition noise is added
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -292,7 +294,8 @@ def count_macs(module: UViT | NestedDenoiser, *, attention: bool = True) -> int:
     weights = {
         name: p.detach().to("meta") for name, p in itertools.chain(module.named_parameters(), module.named_buffers())
     }
-    eager = torch.compiler.set_stance("force_eager")  # a compiled module cannot be traced
+    # A compiled module cannot be traced. Where there is one the compiler is there, which takes seconds to load.
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     with torch.no_grad(), eager, FlopCounterMode(display=False) as counter:
         functional_call(module, weights, module.example_inputs(1, "meta"))
     by_operation = counter.get_flop_counts()["Global"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -109,23 +110,28 @@ def neighbour_pictures(x: Experiment) -> dict[str, bytes]:
     with np.load(artifact.path / FOUND, allow_pickle=False) as arrays:
         found = {name: arrays[name] for name in arrays.files}
 
+    likest, both = {}, range(min(_ROWS_SHOWN // 2, len(pictures)))
+    for space in artifact.info["spaces"]:
+        first, second = found[f"distances_{space}"][:, :2].T
+        order = np.argsort(first**2 / np.maximum(second, 1e-300), kind="stable")
+        likest[space] = order[:_ROWS_SHOWN].tolist()
+    shown = [*((s, i) for s, samples in likest.items() for i in samples), *itertools.product((ENCODER, "z_1"), both)]
+    needed = training.of(np.unique([found[f"rows_{space}"][sample] for space, sample in shown]))  # each shard once
+    near = {int(row): needed[i] for i, row in enumerate(needed.rows)}
+
     def row(space: str, sample: int) -> np.ndarray:
-        near = training.of(found[f"rows_{space}"][sample])
-        return np.stack([pictures[sample], *(near[i] for i in range(len(near)))])
+        return np.stack([pictures[sample], *(near[int(i)] for i in found[f"rows_{space}"][sample])])
 
     drawn = {}
     for space, numbers in artifact.info["spaces"].items():
         distances = found[f"distances_{space}"]
-        likest = np.argsort(distances[:, 0] ** 2 / np.maximum(distances[:, 1], 1e-300), kind="stable")[:_ROWS_SHOWN]
         drawn[space] = neighbour_grid(
-            [(f"sample {i}: {distances[i, 0]:.3g}", row(space, i)) for i in likest.tolist()],
+            [(f"sample {i}: {distances[i, 0]:.3g}", row(space, i)) for i in likest[space]],
             title=f"Nearest training images by {space}",
             xlabel=f"samples most like copies, at what distance; unseen images: {numbers['distance']['held_out']:.3g}",
         )
-    shown = range(min(_ROWS_SHOWN // 2, len(pictures)))
-    both = [(space, sample) for sample in shown for space in (ENCODER, "z_1")]
     drawn["encoder_and_z_1"] = neighbour_grid(
-        [(f"sample {sample} by {space}", row(space, sample)) for space, sample in both],
+        [(f"sample {i} by {space}", row(space, i)) for i in both for space in (ENCODER, "z_1")],
         title="Nearest training images by encoder and by code",
         xlabel="z_1: the autoencoder's code of an image, or its pixels",
     )

@@ -20,6 +20,7 @@ from nestdiff_core.evaluation.figures import neighbour_grid
 from nestdiff_core.evaluation.neighbours import copy_numbers, nearest, neighbour_table, verdicts
 from nestdiff_core.evaluation.samples import Blocks, save_samples, write_safetensors
 from nestdiff_core.experiment import Experiment, Ref
+from nestdiff_core.images.index import ImageIndex
 from nestdiff_core.recipes import toy
 
 
@@ -143,8 +144,15 @@ def test_every_space_has_numbers_and_the_neighbours_are_training_images(made: Ex
     stored = loading.open_latents(made, 2).read(rows, 0 * rows).astype(np.float32)
     np.testing.assert_allclose(np.linalg.norm((stored - sample).reshape(8, -1), axis=1), distances, rtol=1e-5)
     assert len(neighbour_table(artifact.info)) == 3
+
+
+def test_pictures_read_a_shard_once(made: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many neighbours in however many spaces come from it."""
+    read_shard, reads = ImageIndex.read_shard, []
+    monkeypatch.setattr(ImageIndex, "read_shard", lambda index, k: (reads.append(k), read_shard(index, k))[1])
     pictures = stages.neighbour_pictures(made)
     assert set(pictures) == {"z_1", "z_2", "encoder", "encoder_and_z_1"}
+    assert sorted(reads) == sorted(set(reads))
 
 
 @pytest.mark.parametrize("kept", [True, False])
