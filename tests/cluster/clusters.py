@@ -58,8 +58,9 @@ class Level:
     def file(self) -> Path:
         path = self.root / "long.yaml"
         train = {"num_steps": 400, "checkpoint_every": 50, "log_every": 50, "keep_last": 100}
-        path.write_text(json.dumps({"recipe": "toy", "levels.2.train": train, **self.settings}))
-        return path
+        written = path.with_suffix(".new")
+        written.write_text(json.dumps({"recipe": "toy", "levels.2.train": train, **self.settings}))
+        return written.replace(path)  # whole at any time: commands that were started read it
 
     @property
     def x(self) -> Experiment:
