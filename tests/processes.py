@@ -13,11 +13,17 @@ from typing import Any
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 30.0, what: str = "what is waited for") -> Any:
-    """The first true value of `condition`; fails after `seconds`."""
-    end = time.monotonic() + seconds
+    """The first true value of `condition`; fails after `seconds`.
+
+    Most of the time is left to what is waited for: a question that is costly to answer is asked less often.
+    """
+    asked = time.monotonic()
+    end = asked + seconds
     while not (value := condition()):
-        assert time.monotonic() < end, f"{what} did not happen within {seconds} s"
-        time.sleep(0.002)
+        answered = time.monotonic()
+        assert answered < end, f"{what} did not happen within {seconds} s"
+        time.sleep(max(0.002, 4 * (answered - asked)))
+        asked = time.monotonic()
     return value
 
 

@@ -78,8 +78,8 @@ class Level:
 
     def steps(self) -> list[int]:
         """Of its checkpoints."""
-        folder = self.x.path(Ref("denoiser", 2)) / "checkpoints"
-        return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*"))
+        found = self.root.glob("denoiser/*/checkpoints/step_*")
+        return sorted(int(path.name.removeprefix("step_")) for path in found)
 
     def digest(self) -> str | None:
         """Of the trained denoiser's content."""

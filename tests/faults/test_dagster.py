@@ -19,8 +19,7 @@ import pytest
 from harness import REPOSITORY
 from processes import free_port, listening, parent, wait_for
 
-from nestdiff_core.experiment import Experiment, Ref
-from nestdiff_core.recipes import load_experiment, toy
+from nestdiff_core.recipes import toy
 from nestdiff_core.training.launch import GRACE_SECONDS
 from pipelines.definitions import build_definitions
 from pipelines.recover import PROCESS
@@ -83,9 +82,8 @@ class Place:
         return self.processes("nestdiff_core train")
 
     def newest_step(self) -> int:
-        x = Experiment(load_experiment(self.experiment), self.root)
-        steps = [int(path.name[5:]) for path in (x.path(Ref("denoiser", 2)) / "checkpoints").glob("step_*")]
-        return max(steps, default=0)
+        found = self.root.glob("denoiser/*/checkpoints/step_*")
+        return max((int(path.name[5:]) for path in found), default=0)
 
     def trains_on(self) -> None:
         """Waits until a trainer has saved a checkpoint more."""
