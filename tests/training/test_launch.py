@@ -170,20 +170,18 @@ def test_other_children_of_the_caller_live_on(tmp_path: Path, monkeypatch: pytes
 def test_orphans_are_adopted_while_a_launch_lasts() -> None:
     """And no longer: a notebook would never reap them."""
 
-    def parent_of_an_orphan() -> int:
-        done = subprocess.run(
-            ["sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"], capture_output=True, text=True, check=True
-        )
-        orphan = int(done.stdout)
-        try:
-            return parent(orphan)
-        finally:
-            os.kill(orphan, signal.SIGKILL)
+    def orphan() -> int:
+        shell = ["sh", "-c", "sleep 60 >/dev/null & echo $!"]
+        return int(subprocess.run(shell, stdout=subprocess.PIPE, check=True).stdout)
 
     with launch._adopting():
-        assert parent_of_an_orphan() == os.getpid()
-        os.waitpid(-1, 0)
-    assert parent_of_an_orphan() != os.getpid()
+        ours = orphan()
+        assert parent(ours) == os.getpid()
+        os.kill(ours, signal.SIGKILL)
+        os.waitpid(ours, 0)
+    other = orphan()
+    assert parent(other) != os.getpid()
+    os.kill(other, signal.SIGKILL)
 
 
 def test_two_processes_train_like_one(long_run: Experiment, tmp_path_factory: pytest.TempPathFactory) -> None:
