@@ -171,7 +171,7 @@ def test_orphans_are_adopted_while_a_launch_lasts() -> None:
     """And no longer: a notebook would never reap them."""
 
     def orphan() -> int:
-        shell = ["sh", "-c", "sleep 60 >/dev/null & echo $!"]
+        shell = ["sh", "-c", "sleep 5 >/dev/null & echo $!"]
         return int(subprocess.run(shell, stdout=subprocess.PIPE, check=True).stdout)
 
     with launch._adopting():
