@@ -13,7 +13,7 @@ os.environ.pop("NESTDIFF_EXPERIMENT", None)
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Files of few but slow tests. They come first, so that no worker is left alone with one at the end (xdist would take
 # files by their number of tests).
-SLOW = (
+FIRST = (
     "test_families.py",
     "test_quickstart.py",
     "faults/test_dagster.py",
@@ -27,7 +27,7 @@ SLOW = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not any(name in item.nodeid for name in SLOW))
+    items.sort(key=lambda item: not any(name in item.nodeid for name in FIRST))
 
 
 @dataclass(frozen=True)
