@@ -92,8 +92,8 @@ class TrainConfig:
     precision: Literal["float32", "tf32", "bfloat16"] = knob(
         "float32",
         "Arithmetic of the network: float32; tf32: its matrix products in TensorFloat-32 on GPUs that have it; "
-        "bfloat16: mixed precision with weights, optimiser and loss in float32, the fastest on a GPU (slow on most "
-        "CPUs).",
+        "bfloat16: mixed precision with weights, optimiser and loss in float32, the fastest on a GPU and on CPUs "
+        "with matrix units (AMX), slow on others.",
         decides="if_changed",
     )
     compile: bool = knob(

@@ -76,7 +76,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each B heads T D/heads
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(_attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+def _attend(
+    q: Float[Tensor, "B heads T D"], k: Float[Tensor, "B heads T D"], v: Float[Tensor, "B heads T D"]
+) -> Float[Tensor, "B heads T D"]:
+    """softmax(q k^T / sqrt(D)) v."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
+        # The gradient of the CPU's kernel takes 14 times as long in bfloat16.
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class MLP(nn.Module):

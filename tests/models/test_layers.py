@@ -14,9 +14,11 @@ PARITY = Path(os.environ.get("NESTDIFF_SHARED", "../shared")) / "uvit_parity"
 @pytest.mark.skipif(not PARITY.is_dir(), reason="no fixtures of the published U-ViT at NESTDIFF_SHARED")
 @pytest.mark.parametrize("width", [48, 49, 512])
 def test_timestep_embedding_is_the_published_one(width):
-    """Even and odd widths agree with the published embedding."""
+    """Even and odd widths agree with the published embedding, t up to 1000, but for the last bit of a frequency, in
+    which CPUs differ."""
     published = torch.load(PARITY / "timestep_embedding.pt", weights_only=True)
-    torch.testing.assert_close(timestep_embedding(published["t"], width), published[f"dim{width}"], rtol=0, atol=1e-6)
+    found, last_bit = timestep_embedding(published["t"], width), 1000 * 2.0**-23
+    torch.testing.assert_close(found, published[f"dim{width}"], rtol=0, atol=last_bit)
 
 
 def test_unpatchify_inverts_patches():
