@@ -122,9 +122,14 @@ def left(todo: Sequence[Run], macs: Mapping[tuple[str, int], int]) -> Iterator[W
         if x.find(Ref("samples")) is None:
             bare = 2e-12 * config.num_evaluations(1) * own[1] if config.num_levels > 1 else 0.0
             yield Work(f"{run.name}, samples", (passes(swept) + bare) * config.sampling.num_images)
-        if config.num_levels > 1 and x.find(Ref("ladder")) is None:
+        if has_ladder(run) and x.find(Ref("ladder")) is None:
             rungs = config.num_levels * config.ladder.num_images
             yield Work(f"{run.name}, ladder, at most", passes(swept) * rungs)
+
+
+def has_ladder(run: Run) -> bool:
+    """Guided arms share their networks, and what each level loses, with the same arm without guidance."""
+    return run.x.config.num_levels > 1 and run.x.config.sampling.chosen_by == "config"
 
 
 def network(run: Run, level: int) -> tuple[str, int]:
@@ -158,10 +163,10 @@ def plan(todo: Sequence[Run], device: torch.device) -> list[Work]:
 def make(run: Run, device: str) -> int:
     """All stages of one row that are not there yet; the exit code of the first that fails."""
     file = save_experiment(run.x.config, run.x.root)
-    nested = run.x.config.num_levels > 1
+    nested, laddered = run.x.config.num_levels > 1, has_ladder(run)
     wanted = ["images", "encoder", "features", "bases"] if nested else ["images"]
     wanted += ["latents", "train", *(["sweep"] if run.x.config.sampling.chosen_by == "sweep" else [])]
-    wanted += ["reference", "samples", "evaluation", *(["ladder"] if nested else [])]
+    wanted += ["reference", "samples", "evaluation", *(["ladder"] if laddered else [])]
     stages = [word for stage in wanted for word in ("--stage", stage)]
     return nestdiff(["run", str(file), *stages, "--device", device])
 

@@ -6,6 +6,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -20,6 +21,7 @@ from nestdiff_core.diffusion.schedule import DiscreteSchedule
 from nestdiff_core.models.nested import count_macs
 from nestdiff_core.models.uvit import UViT
 from nestdiff_core.precision import matrix_precision
+from nestdiff_core.recipes import cifar10
 from nestdiff_core.stores.reader import StoreReader
 from nestdiff_core.stores.writer import create_store, write_shard
 from nestdiff_core.training.ahead import Ahead
@@ -27,39 +29,56 @@ from nestdiff_core.training.data import Batch, LatentBatches
 from nestdiff_core.training.loop import Trainer
 from scripts.bench.measure import table
 
-SHAPE, PATCH, IMAGES, ROUNDS = (4, 32, 32), 2, 512, 5
-SIZES = {
-    "S": UViTConfig(width=512, depth=12, num_heads=8),
-    "M": UViTConfig(width=768, depth=16, num_heads=12),
-    "L": UViTConfig(width=1024, depth=20, num_heads=16),
-}
+IMAGES, ROUNDS = 512, 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, the latents that it denoises, and the batches and steps of a round."""
+
+    name: str
+    model: UViTConfig
+    batch: int
+    steps: int
+    shape: tuple[int, int, int] = (4, 32, 32)
+    patch: int = 2
+
+
+SMALL, MEDIUM, LARGE = (
+    UViTConfig(width=512, depth=12, num_heads=8),
+    UViTConfig(width=768, depth=16, num_heads=12),
+    UViTConfig(width=1024, depth=20, num_heads=16),
+)
+ON_CPU = (
+    Case("U-ViT-S/2", SMALL, 4, 1),
+    Case("CIFAR-10's L = 1", cifar10.SMALL.one, 128, 2, (3, 16, 16), cifar10.SMALL.patch_size),
+)
+ON_GPU = (Case("U-ViT-S/2", SMALL, 256, 20), Case("U-ViT-M/2", MEDIUM, 256, 10), Case("U-ViT-L/2", LARGE, 128, 10))
 
 
 def run() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        latents = np.random.default_rng(0).standard_normal((IMAGES, *SHAPE), np.float32)
-        store = Path(folder) / "z_1.zarr"
-        create_store(store, {"z_1": (1, *SHAPE)}, "float32", [IMAGES], 32, {})
-        write_shard(store, 0, {"z_1": latents[:, None]})
-        sizes = [("S", 4, 1)] if device.type == "cpu" else [("S", 256, 20), ("M", 256, 10), ("L", 128, 10)]
-        for size, batch, steps in sizes:
-            _size(size, batch, steps, latents, StoreReader(store, "z_1"), device, Path(folder) / size)
+    for case in ON_CPU if device.type == "cpu" else ON_GPU:
+        with tempfile.TemporaryDirectory() as folder:
+            latents = np.random.default_rng(0).standard_normal((IMAGES, *case.shape), np.float32)
+            store = Path(folder) / "z_1.zarr"
+            create_store(store, {"z_1": (1, *case.shape)}, "float32", [IMAGES], 32, {})
+            write_shard(store, 0, {"z_1": latents[:, None]})
+            _measure(case, latents, StoreReader(store, "z_1"), device, Path(folder))
 
 
-def _size(
-    size: str, batch: int, steps: int, latents: np.ndarray, reader: StoreReader, device: torch.device, folder: Path
-) -> None:
-    on_gpu = device.type == "cuda"
-    plain = _Plain(SIZES[size], latents, batch, device)
+def _measure(case: Case, latents: np.ndarray, reader: StoreReader, device: torch.device, folder: Path) -> None:
+    on_gpu, batch, steps = device.type == "cuda", case.batch, case.steps
+    plain = _Plain(case, latents, device)
     calls: dict[str, Callable[[], Any]] = {"plain loop": plain.step, "plain loop, again": plain.step}
-    trainers = {"ours": {}, "ours, compiled": {"compile": True}}
+    mixed = {"precision": "bfloat16"}
+    trainers = {"ours, bfloat16": mixed, "ours, bfloat16, compiled": {**mixed, "compile": True}}
+    if not on_gpu:
+        trainers = {"ours": {}, "ours, compiled": {"compile": True}, **trainers}
     trained = {}
     batches: dict[str, Ahead[Batch]] = {}
     for name, knobs in trainers.items():
-        if on_gpu:
-            knobs = {**knobs, "precision": "bfloat16"}
-        trained[name] = _trainer(SIZES[size], batch, knobs, reader, device, folder / name.replace(" ", ""))
+        trained[name] = _trainer(case, knobs, reader, device, folder / name.replace(" ", ""))
         batches[name] = Ahead(trained[name].batch)
         calls[name] = partial(_step, trained[name], batches[name])
     side = 8192 if on_gpu else 1536
@@ -96,11 +115,11 @@ def _size(
     ]
     unit = "images/s" if on_gpu else "images a CPU second"
     head = ["", unit, "ratio", "TFLOP/s", "of the matrix product", "of its time waiting for batches"]
-    table(f"U-ViT-{size}/2 on {SHAPE} latents, batch {batch}", head, rows)
+    table(f"{case.name} on {case.shape} latents, batch {batch}", head, rows)
     for name, made in batches.items():
         made.close()
         trained[name].order.close()
-    _checkpoint(trained["ours"])
+    _checkpoint(next(iter(trained.values())))
 
 
 def _step(trainer: Trainer, batches: Ahead[Batch]) -> None:
@@ -129,16 +148,15 @@ def _checkpoint(trainer: Trainer) -> None:
     )
 
 
-def _trainer(
-    model: UViTConfig, batch: int, knobs: dict[str, Any], reader: StoreReader, device: torch.device, folder: Path
-) -> Trainer:
-    train = TrainConfig(batch_size=batch, beta1=0.99, beta2=0.99, warmup_steps=10, **knobs)
+def _trainer(case: Case, knobs: dict[str, Any], reader: StoreReader, device: torch.device, folder: Path) -> Trainer:
+    train = TrainConfig(batch_size=case.batch, beta1=0.99, beta2=0.99, warmup_steps=10, **knobs)
     config = ExperimentConfig(
-        images=ImagesConfig(source="digits", resolution=SHAPE[1], channels=3),
-        levels=(LevelConfig(patch_size=PATCH, model=model, train=train),),
+        images=ImagesConfig(source="digits", resolution=case.shape[1], channels=3),
+        levels=(LevelConfig(patch_size=case.patch, model=case.model, train=train),),
     )
+    own = _FourChannels if case.shape[0] == 4 else ExperimentConfig
     return Trainer(
-        _FourChannels(**{f: getattr(config, f) for f in config.__dataclass_fields__}),
+        own(**{f: getattr(config, f) for f in config.__dataclass_fields__}),
         1,
         LatentBatches({1: reader}),
         train_rows=np.arange(IMAGES),
@@ -155,16 +173,16 @@ class _FourChannels(ExperimentConfig):
 
     def latent_shape(self, number: int) -> tuple[int, int, int]:
         del number
-        return SHAPE
+        return (4, self.images.resolution, self.images.resolution)
 
 
 class _Plain:
     """What the published training script does: autocast in float16 on a GPU, AdamW as it comes, a moving average
     parameter by parameter, the loss read at every step."""
 
-    def __init__(self, config: UViTConfig, latents: np.ndarray, batch: int, device: torch.device) -> None:
-        self.latents, self.batch, self.device = latents, batch, device
-        self.model = UViT(SHAPE, PATCH, config).to(device)
+    def __init__(self, case: Case, latents: np.ndarray, device: torch.device) -> None:
+        self.latents, self.batch, self.device = latents, case.batch, device
+        self.model = UViT(case.shape, case.patch, case.model).to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=2e-4, weight_decay=0.03, betas=(0.99, 0.99), foreach=False
