@@ -124,7 +124,7 @@ def left(todo: Sequence[Run], macs: Mapping[tuple[str, int], int]) -> Iterator[W
             yield Work(f"{run.name}, samples", (passes(swept) + bare) * config.sampling.num_images)
         if has_ladder(run) and x.find(Ref("ladder")) is None:
             rungs = config.num_levels * config.ladder.num_images
-            yield Work(f"{run.name}, ladder, at most", passes(swept) * rungs)
+            yield Work(f"{run.name}, ladder, at most", passes(guided=False) * rungs)
 
 
 def has_ladder(run: Run) -> bool:
@@ -163,10 +163,10 @@ def plan(todo: Sequence[Run], device: torch.device) -> list[Work]:
 def make(run: Run, device: str) -> int:
     """All stages of one row that are not there yet; the exit code of the first that fails."""
     file = save_experiment(run.x.config, run.x.root)
-    nested, laddered = run.x.config.num_levels > 1, has_ladder(run)
+    nested = run.x.config.num_levels > 1
     wanted = ["images", "encoder", "features", "bases"] if nested else ["images"]
     wanted += ["latents", "train", *(["sweep"] if run.x.config.sampling.chosen_by == "sweep" else [])]
-    wanted += ["reference", "samples", "evaluation", *(["ladder"] if laddered else [])]
+    wanted += ["reference", "samples", "evaluation", *(["ladder"] if has_ladder(run) else [])]
     stages = [word for stage in wanted for word in ("--stage", stage)]
     return nestdiff(["run", str(file), *stages, "--device", device])
 
