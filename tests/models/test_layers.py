@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from nestdiff_core.models.layers import Attention, PatchEmbed, sincos_positions, timestep_embedding, unpatchify
 
@@ -62,3 +63,18 @@ def test_sincos_puts_a_coarse_token_in_the_middle_of_what_it_covers():
     fine, coarse = sincos_positions(2, 2, 32)[0], sincos_positions(1, 1, 32, spacing=2.0)[0, 0]
     similarity = fine @ coarse
     torch.testing.assert_close(similarity, similarity[:1].expand(4))
+
+
+def test_attention_that_learns_on_a_cpu_is_made_in_float32(monkeypatch: pytest.MonkeyPatch):
+    """Its gradient takes many times as long in bfloat16 there; without a gradient bfloat16 is faster. What
+    leaves it is bfloat16 either way."""
+    made, attention, x = [], Attention(16, 2), torch.randn(2, 5, 16)
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: made.append(qkv[0].dtype) or attend(*qkv))
+    with torch.autocast("cpu", torch.bfloat16):
+        learning = attention(x)
+        with torch.no_grad():
+            sampling = attention(x)
+    assert made == [torch.float32, torch.bfloat16]
+    assert learning.dtype == sampling.dtype == torch.bfloat16
+    torch.testing.assert_close(learning, sampling, rtol=0.02, atol=0.01)
