@@ -46,6 +46,12 @@ class TrainConfig:
 
     num_steps: int = knob(500_000, "Optimiser steps.")
     batch_size: int = knob(256, "Images per step, over all processes.")
+    optimizer: Literal["adamw", "muon"] = knob(
+        "adamw",
+        "adamw, as published; or muon for the matrices of the blocks and adamw for the rest, which learns faster where "
+        "steps are few.",
+        decides="if_changed",
+    )
     lr: float = knob(2e-4, "Learning rate after warm-up.")
     lr_decay: Literal["constant", "cosine"] = knob(
         "constant", "constant, as published, or cosine down to zero at num_steps."

@@ -34,11 +34,12 @@ def forked_checkpoint(
     num_steps: int,
     weights: Mapping[str, tuple[int, ...]],
     diffusion: Mapping[str, Any],
+    optimizer: str,
 ) -> tuple[Path, dict[str, Any]]:
     """That of `levels.train.fork_from`, as `load_latest` returns one, but with no history yet.
 
-    num_steps, weights (shapes by name), diffusion: of the denoiser that is to go on from it. Raises ConfigError where
-    they do not fit, IntegrityError where it is damaged.
+    num_steps, weights (shapes by name), diffusion, optimizer: of the denoiser that is to go on from it. Raises
+    ConfigError where they do not fit, IntegrityError where it is damaged.
     """
     if not (path / STATE).is_file():
         raise ConfigError(
@@ -51,8 +52,13 @@ def forked_checkpoint(
             fix="Correct the path, or leave it out.",
         )
     state = read_checkpoint(path, level=level)
-    ours = {**weights, "diffusion": diffusion}
-    theirs = {**shapes(path), "diffusion": state["config"]["diffusion"]}
+    ours = {**weights, "diffusion": diffusion, "optimizer": optimizer}
+    slots = shapes(path, "optimizer")
+    theirs = {
+        **shapes(path),
+        "diffusion": state["config"]["diffusion"],
+        "optimizer": "muon" if any(name.endswith("momentum_buffer") for name in slots) else "adamw",
+    }
     if state["step"] >= num_steps:
         ours, theirs = {"step": f"below num_steps = {num_steps}"}, {"step": state["step"]}
     if differing := sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name)):
@@ -65,7 +71,7 @@ def forked_checkpoint(
             path=path,
             expected={name: ours.get(name)},
             found={name: theirs.get(name)},
-            fix="Name a checkpoint of a denoiser with the same network and diffusion process, from before "
+            fix="Name a checkpoint of a denoiser with the same network, diffusion process and optimizer, from before "
             "levels.train.num_steps.",
         )
     return path, {"step": state["step"], "history": []}

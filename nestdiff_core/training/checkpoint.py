@@ -203,9 +203,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     }
 
 
-def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of a checkpoint's weights by name, without reading them."""
-    with safe_open(path / "model.safetensors", framework="pt") as file:
+def shapes(path: Path, part: str = "model") -> dict[str, tuple[int, ...]]:
+    """Shapes of a checkpoint's weights by name, without reading them. part: `model`, `ema` or `optimizer`."""
+    with safe_open(path / f"{part}.safetensors", framework="pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no mapping
 
 

@@ -39,6 +39,7 @@ from nestdiff_core.training.checkpoint import (
     restore,
 )
 from nestdiff_core.training.data import Batch, BatchOrder, Draws, LatentBatches, draw
+from nestdiff_core.training.optimizer import make_optimizer
 from nestdiff_core.training.report import (
     NOISE_LEVELS,
     Line,
@@ -107,13 +108,7 @@ class Trainer:
             for decay in (self.train.ema_decay, *self.train.more_ema_decays)
         }
         self.ema = self.averages[self.train.ema_decay]
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=self.train.lr,
-            weight_decay=self.train.weight_decay,
-            betas=(self.train.beta1, self.train.beta2),
-            fused=True,
-        )
+        self.optimizer = make_optimizer(self.model, self.train)
         self.order = BatchOrder(train_rows, self.train.batch_size, self.train.seed)
         # Images of all kinds, in whatever order they lie.
         self.held_out = np.random.default_rng(0).permutation(held_out_rows)[:VALIDATION_IMAGES]
@@ -175,6 +170,7 @@ class Trainer:
             num_steps=self.train.num_steps,
             weights={name: tuple(value.shape) for name, value in self.weights.items()},
             diffusion=deciding(self.config.diffusion),
+            optimizer=self.train.optimizer,
         )
 
     def learning_rate(self, step: int) -> float:

@@ -155,7 +155,7 @@ def test_a_signal_saves_and_stops(batches: LatentBatches, tmp_path: Path) -> Non
 
 def test_a_fork_goes_on_with_other_settings(batches: LatentBatches, tmp_path: Path) -> None:
     """From another denoiser's checkpoint: its weights, moving average, optimiser and step, but its own learning rate;
-    one with another network, or for another diffusion process, is refused by the name of what differs."""
+    one with another network, diffusion process or optimiser is refused by the name of what differs."""
     first = trainer(batches, tmp_path / "a")
     first.run(until_step=10)
     source = str(list_checkpoints(tmp_path / "a")[-1])
@@ -177,6 +177,8 @@ def test_a_fork_goes_on_with_other_settings(batches: LatentBatches, tmp_path: Pa
     other = dataclasses.replace(config_with(fork_from=source), diffusion=DiffusionConfig(prediction="v"))
     with pytest.raises(ConfigError, match=r"expected \{'diffusion': .*'v'.*found \{'diffusion': .*'eps'"):
         trainer(batches, tmp_path / "c", other)
+    with pytest.raises(ConfigError, match=r"expected \{'optimizer': 'muon'\}, found \{'optimizer': 'adamw'\}"):
+        trainer(batches, tmp_path / "c", config_with(fork_from=source, optimizer="muon"))
     with pytest.raises(ConfigError, match=r"expected \{'step': 'below num_steps = 10'\}, found \{'step': 10\}"):
         trainer(batches, tmp_path / "c", config_with(fork_from=source, num_steps=10, checkpoint_every=10))
 
