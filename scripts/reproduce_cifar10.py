@@ -120,8 +120,7 @@ def left(todo: Sequence[Run], macs: Mapping[tuple[str, int], int]) -> Iterator[W
             tried = len(config.sweep.guidance) + min(config.sweep.short_list, len(config.sweep.guidance) ** len(own))
             yield Work(f"{run.name}, sweep", passes(guided=True) * tried * config.sweep.num_images)
         if x.find(Ref("samples")) is None:
-            bare = 2e-12 * config.num_evaluations(1) * own[1] if config.num_levels > 1 else 0.0
-            yield Work(f"{run.name}, samples", (passes(swept) + bare) * config.sampling.num_images)
+            yield Work(f"{run.name}, samples", passes(swept) * config.sampling.num_images)
         if has_ladder(run) and x.find(Ref("ladder")) is None:
             rungs = config.num_levels * config.ladder.num_images
             yield Work(f"{run.name}, ladder, at most", passes(guided=False) * rungs)

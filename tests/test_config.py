@@ -52,6 +52,8 @@ def test_every_knob_is_documented() -> None:
         ({"levels": {1: {"model": {"num_heads": 0}}}}, "levels.model.num_heads", None),
         ({"levels": {1: {"train": {"lr": -1}}}}, "levels.train.lr", None),
         ({"levels": {1: {"train": {"beta2": 1.0}}}}, "levels.train.beta2", None),
+        ({"levels": {1: {"train": {"noise_levels": (1.0, 0.0)}}}}, "levels.train.noise_levels", None),
+        ({"levels": {1: {"train": {"noise_levels": (1.0,)}}}}, "levels.train.noise_levels", None),
         ({"levels": {1: {"train": {"condition_drop": 0.0}}}}, "levels.train.condition_drop", 1),  # it is guided
         ({"levels": [{}, {"grid": 2, "channels": 4}, {"grid": 2, "channels": 4}]}, "levels.grid", 3),  # a copy
         ({"levels": {2: {"guidance_interval": [0.9, 0.1]}}}, "levels.guidance_interval", 2),

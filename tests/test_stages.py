@@ -465,6 +465,18 @@ def test_samples_are_what_generate_and_decode_give(made: Experiment) -> None:
     assert not (artifact.path / "shards").exists()
 
 
+def test_images_without_conditions_can_be_left_out(made: Experiment) -> None:
+    """The same images without that set, and numbers of them alone."""
+    x = Experiment(replace(made.config, sampling=replace(made.config.sampling, without_conditions=False)), made.root)
+    ours, theirs = (stages.samples(y).path / "samples.npz" for y in (x, made))
+    assert ours != theirs and np.array_equal(load_samples(ours), load_samples(theirs))
+    assert not (ours.parent / "without_conditions.npz").exists()
+    found = {y: stages.evaluation(y).info["metrics"] for y in (x, made)}
+    assert found[x].keys() == found[made].keys()
+    for name, metric in found[x].items():
+        assert metric["value"] == found[made][name]["value"] and found[made][name]["others"] and not metric["others"]
+
+
 def test_damaged_samples_are_made_again(made: Experiment) -> None:
     """One flipped bit in the finished file: materialising the stage gives the same bytes as before."""
     path = made.artifact(Ref("samples")).path / "samples.npz"

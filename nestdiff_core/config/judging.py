@@ -52,6 +52,12 @@ class SamplingConfig:
         "bits.",
         decides="if_changed",
     )
+    without_conditions: bool = knob(
+        True,
+        "Whether level 1 makes as many images again with its conditions withheld, to compare; unguided, half of the "
+        "work of `samples` or more.",
+        decides="if_changed",
+    )
     contrast: float = knob(
         1.0,
         "Factor on each image's deviation from its mean, after decoding: a control, for judges that reward contrast.",

@@ -84,6 +84,12 @@ class TrainConfig:
         "Exploded steps that are left out, and counted, before training stops.",
         decides="if_changed",
     )
+    noise_levels: tuple[float, ...] = knob(
+        (),
+        "Mean and deviation of lambda = log(alpha / sigma), half the log signal-to-noise ratio, that the network is "
+        "trained at, a normal cut to the schedule's range; empty: uniform in the schedule's time, as published.",
+        decides="if_changed",
+    )
     condition_drop: float = knob(0.1, "Chance that a sample is trained without any of its conditions (for guidance).")
     start_from: str = knob(
         "",
@@ -154,6 +160,12 @@ class TrainConfig:
             self.keep_every,
         )
         require(0.0 < self.lr < float("inf"), "levels.train.lr", "a positive number", self.lr)
+        require(
+            self.noise_levels == () or (len(self.noise_levels) == 2 and self.noise_levels[1] > 0),
+            "levels.train.noise_levels",
+            "nothing, or a mean and a deviation > 0",
+            self.noise_levels,
+        )
         for name in ("beta1", "beta2"):
             require(0.0 <= getattr(self, name) < 1.0, f"levels.train.{name}", "in [0, 1)", getattr(self, name))
         for name in ("ema_decay", "condition_drop"):

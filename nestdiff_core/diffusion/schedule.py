@@ -38,6 +38,20 @@ class NoiseSchedule(ABC):
     def sample_t(self, batch: int, generator: torch.Generator) -> Float32[Tensor, " batch"]:
         """Training times on the generator's device."""
 
+    def sample_t_around(
+        self, mean: float, std: float, batch: int, generator: torch.Generator
+    ) -> Float32[Tensor, " batch"]:
+        """Training times at which lambda is normal, cut to what is sampled, lambda(1) to lambda(t_min).
+
+        EDM's choice (Karras et al., arXiv 2206.00364, table 1) is mean -P_mean = 1.2 and std 1.2, for data of deviation
+        .5, which pixels in [-1, 1] have.
+        """
+        bounds = torch.tensor([1.0, self.t_min], dtype=torch.float64, device=generator.device)
+        first, last = torch.special.ndtr((self.lambda_(bounds) - mean) / std)
+        u = torch.rand(batch, generator=generator, dtype=torch.float64, device=generator.device)
+        t = self.t_of_lambda(mean + std * torch.special.ndtri(first + (last - first) * u))
+        return t.float().clamp(self.t_min, 1.0)
+
     def alpha(self, t: Float[Tensor, " ..."]) -> Float64[Tensor, " ..."]:
         return self.log_alpha(t).exp()
 

@@ -35,7 +35,8 @@ from nestdiff_core.config import (
     UViTConfig,
 )
 
-SHARES = {1: (1.0,), 2: (0.65, 0.35), 3: (0.65, 0.275, 0.075)}  # of an arm's FLOPs, from level 1 up
+SHARES = {1: (1.0,), 2: (0.8, 0.2), 3: (0.8, 0.15, 0.05)}  # of an arm's FLOPs, from level 1 up
+GUIDANCE = (0.0, 0.5, 1.0, 2.0, 4.0)  # the weights that a guided arm's sweep tries
 CONTRAST = 1.2
 NUM_CLASSES = 10
 
@@ -75,9 +76,13 @@ class Scale:
     macs: Macs
     class_macs: Macs  # of denoisers that are told the class
     train: TrainConfig
+    batch_above: int  # of the levels above 1, whose images are fewer tokens
 
-    def num_steps(self, macs: float, share: float) -> int:
-        return round(share * self.tflops * 1e6 / (6.0 * macs * self.train.batch_size))
+    def train_of(self, level: int, macs: float, share: float) -> TrainConfig:
+        """As many steps as cost `share` of an arm's FLOPs."""
+        batch = self.train.batch_size if level == 1 else self.batch_above
+        steps = round(share * self.tflops * 1e6 / (6.0 * macs * batch))
+        return replace(self.train, batch_size=batch, num_steps=steps)
 
 
 def _model(width: int, depth: int, num_heads: int) -> UViTConfig:
@@ -85,32 +90,37 @@ def _model(width: int, depth: int, num_heads: int) -> UViTConfig:
 
 
 _TRAIN = TrainConfig(
-    batch_size=128,
-    lr=2e-3,
+    batch_size=32,
+    optimizer="muon",
+    lr=6e-3,
+    noise_levels=(0.7, 1.4),
     lr_decay="cosine",
     beta2=0.99,
     warmup_steps=200,
     ema_decay=0.999,
     ema_warmup=True,
     grad_clip=1.0,
+    precision="bfloat16",
     log_every=50,
     checkpoint_every=500,
     keep_every=500,
 )
 
-# Hours on two CPU cores with matrix units (AMX): 16 tokens of 4x4 pixels.
+# Hours on two CPU cores with matrix units (AMX): 64 tokens of 2x2 pixels. Steps are few: what learns most from a few
+# thousand of them was searched on l1 (LOG.md, 2026-11-22).
 SMALL = Scale(
     resolution=16,
-    patch_size=4,
+    patch_size=2,
     one=_model(128, 6, 4),
-    star=_model(196, 6, 4),
+    star=_model(160, 6, 4),
     above=_model(128, 4, 4),
     tflops=100.0,
-    macs=Macs(one=25.803, star=59.891, first=32.782, second=25.179, top_second=18.298, third=2.120),
-    class_macs=Macs(one=27.340, star=63.445, first=34.713, second=26.535, top_second=19.391, third=3.175),
-    train=replace(_TRAIN, precision="bfloat16"),
+    macs=Macs(one=103.635, star=159.490, first=133.519, second=25.179, top_second=18.298, third=2.120),
+    class_macs=Macs(one=105.344, star=162.088, first=135.622, second=26.535, top_second=19.391, third=3.175),
+    train=_TRAIN,
+    batch_above=128,
 )
-# One large GPU: 256 tokens of 2x2 pixels.
+# One large GPU: 256 tokens of 2x2 pixels. Its training is as short, in steps; its rate has not been searched.
 LARGE = Scale(
     resolution=32,
     patch_size=2,
@@ -120,7 +130,8 @@ LARGE = Scale(
     tflops=25_000.0,
     macs=Macs(one=7028.4, star=9763.8, first=9188.8, second=566.01, top_second=424.25, third=49.619),
     class_macs=Macs(one=7058.4, star=9804.8, first=9225.8, second=598.21, top_second=449.38, third=74.441),
-    train=replace(_TRAIN, batch_size=256, lr=1e-3, precision="bfloat16", compile=True),
+    train=replace(_TRAIN, batch_size=128, lr=3e-3, compile=True),
+    batch_above=256,
 )
 SCALES = {"16px": SMALL, "32px": LARGE}
 
@@ -150,6 +161,7 @@ def arm(
             num_images=10_000,
             contrast=contrast,
             precision="bfloat16",
+            without_conditions=False,
             chosen_by="sweep" if guided else "config",
         ),
         evaluation=EvaluationConfig(
@@ -158,9 +170,7 @@ def arm(
             reference="held_out",
             resamples=100,
         ),
-        sweep=SweepConfig(
-            guidance=(0.0, 0.5, 1.0, 2.0) if guided else (), num_images=1_000, short_list=8, metric="fd_classifier"
-        ),
+        sweep=SweepConfig(guidance=GUIDANCE if guided else (), num_images=1_000, short_list=4, metric="fd_classifier"),
         ladder=LadderConfig(num_images=2_000),
     )
 
@@ -188,7 +198,7 @@ def _levels(scale: Scale, macs: Macs, depth: int, star: bool) -> tuple[LevelConf
         LevelConfig(level=3, grid=1, channels=32, condition_noise=0.25),
     )
     return tuple(
-        replace(level, model=model, train=replace(scale.train, num_steps=scale.num_steps(count, share)))
+        replace(level, model=model, train=scale.train_of(level.level, count, share))
         for level, model, count, share in zip(plain, models, macs.of(depth, star), SHARES[depth], strict=False)
     )
 

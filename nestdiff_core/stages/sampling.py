@@ -37,7 +37,8 @@ IMAGES, BARE = "images", "without_conditions"
 
 
 def samples(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -> Artifact:
-    """Sample the cascade: samples.npz, the latents of the levels above, and what level 1 makes without conditions.
+    """Sample the cascade: samples.npz, the latents of the levels above, and, where `sampling.without_conditions`
+    says so, what level 1 makes without any.
 
     Runs in each process of a torchrun group. Images are made and committed in parts, of which the files are put
     together at the end: one part is in memory, and a stopped run goes on where it was.
@@ -62,19 +63,23 @@ def samples(x: Experiment, *, device: str = "cpu", progress: Progress = silent) 
 def _maker(
     x: Experiment, shards: ArtifactWriter
 ) -> Callable[[loading.Cascade, Part, Callable[[int], None]], list[Path]]:
-    """What a part holds: images, the latents above level 1, and images without conditions."""
+    """What a part holds: images, the latents above level 1, and images without conditions where they are wanted."""
     seed = x.config.sampling.seed
 
     def make(cascade: loading.Cascade, part: Part, report: Callable[[int], None]) -> list[Path]:
         z = cascade.latents(part.indices, seed=seed)
         arrays = {IMAGES: cascade.images(part.indices, z[1])}
         arrays |= {f"z_{m}": z_m.half().numpy() for m, z_m in z.items() if m > 1}
-        if x.config.num_levels > 1:
+        if _has_bare(x):
             arrays[BARE] = cascade.images(part.indices, cascade.without_conditions(part.indices, seed=seed))
         write_npz(part_file(shards, part), arrays)
         return [part_file(shards, part)]
 
     return make
+
+
+def _has_bare(x: Experiment) -> bool:
+    return x.config.num_levels > 1 and x.config.sampling.without_conditions
 
 
 def _join(x: Experiment, shards: ArtifactWriter, parts: list[Part]) -> None:
@@ -101,8 +106,10 @@ def _join(x: Experiment, shards: ArtifactWriter, parts: list[Part]) -> None:
         half = np.dtype(np.float16)
         latents = {f"z_{m}": Blocks((count, *x.config.latent_shape(m)), half, blocks(f"z_{m}")) for m in above}
         write_safetensors(path / "latents.safetensors", latents)
+        files.append(path / "latents.safetensors")
+    if _has_bare(x):
         save_samples(path / f"{BARE}.npz", pictures(BARE))
-        files += [path / "latents.safetensors", path / f"{BARE}.npz"]
+        files.append(path / f"{BARE}.npz")
     shards.commit_part(WHOLE, files, minimum=extremes[0], maximum=extremes[1])
 
 

@@ -73,6 +73,7 @@ def draw(
     level: int,
     schedule: NoiseSchedule,
     condition_drop: float,
+    noise_levels: tuple[float, ...] = (),
     drop_each: bool = False,
     num_views: int = 1,
     num_captions: int = 1,
@@ -80,14 +81,19 @@ def draw(
     """Randomness of the global batch of `step`; `shapes` holds (C, H, W) of the level and of those above it.
 
     Nothing depends on the level's number, which another experiment may change; conditions are drawn from the top.
-    drop_each: a coin for the label and for each condition, else one for all of a sample's.
+    noise_levels: mean and deviation of lambda; empty for the schedule's own times. drop_each: a coin for the label and
+    for each condition, else one for all of a sample's.
     """
     generator = torch.Generator().manual_seed(
         int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
     )
     above = [m for m in sorted(shapes, reverse=True) if m != level]
     eps = torch.randn(batch_size, *shapes[level], generator=generator)
-    t = schedule.sample_t(batch_size, generator)
+    if noise_levels:
+        mean, std = noise_levels
+        t = schedule.sample_t_around(mean, std, batch_size, generator)
+    else:
+        t = schedule.sample_t(batch_size, generator)
     eta = {m: torch.randn(batch_size, *shapes[m], generator=generator) for m in above}
     conditions: list[str | int] = ["labels", *above]
     coins = torch.rand(len(conditions) if drop_each else 1, batch_size, generator=generator) < condition_drop

@@ -202,7 +202,8 @@ class Trainer:
 
     def batch(self, step: int) -> Batch:
         """This process's share of what `step` trains on, on the device."""
-        draws = self._draw(self.train.seed, step, self.train.batch_size, self.train.condition_drop)
+        train = self.train
+        draws = self._draw(train.seed, step, train.batch_size, train.condition_drop, train.noise_levels)
         rows = self.order.batch(step)[self.rank :: self.world_size]
         return self.batches.load(rows, draws.share(self.rank, self.world_size), self.device)
 
@@ -307,7 +308,9 @@ class Trainer:
         more = {decay: self.averages[decay] for decay in self.train.more_ema_decays}
         return self.ema | {f"{decay} {name}": value for decay, own in more.items() for name, value in own.items()}
 
-    def _draw(self, seed: int, step: int, batch_size: int, condition_drop: float) -> Draws:
+    def _draw(
+        self, seed: int, step: int, batch_size: int, condition_drop: float, noise_levels: tuple[float, ...] = ()
+    ) -> Draws:
         return draw(
             seed=seed,
             step=step,
@@ -315,6 +318,7 @@ class Trainer:
             shapes=self.batches.shapes(),
             level=self.level,
             schedule=self.schedule,
+            noise_levels=noise_levels,
             condition_drop=condition_drop,
             drop_each=self.config.conditioning.drop == "each",
             num_views=self.batches.num_views,

@@ -51,7 +51,7 @@ SMALL, MEDIUM, LARGE = (
 )
 ON_CPU = (
     Case("U-ViT-S/2", SMALL, 4, 1),
-    Case("CIFAR-10's L = 1", cifar10.SMALL.one, 128, 2, (3, 16, 16), cifar10.SMALL.patch_size),
+    Case("CIFAR-10's L = 1", cifar10.SMALL.one, 32, 2, (3, 16, 16), cifar10.SMALL.patch_size),
 )
 ON_GPU = (Case("U-ViT-S/2", SMALL, 256, 20), Case("U-ViT-M/2", MEDIUM, 256, 10), Case("U-ViT-L/2", LARGE, 128, 10))
 

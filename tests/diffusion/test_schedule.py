@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import scipy.stats
 import torch
 
 from nestdiff_core.config import DiffusionConfig
@@ -77,6 +78,18 @@ def test_vp_training_times_are_uniform():
     assert t[0] >= 1e-5
     assert t[-1] <= 1
     torch.testing.assert_close(t, torch.linspace(0, 1, 100_000), rtol=0, atol=0.006)  # Kolmogorov-Smirnov, p about 1e-3
+
+
+@every_schedule
+@pytest.mark.parametrize(("mean", "std"), [(0.7, 1.4), (-3.0, 0.5), (9.0, 1.0)])
+def test_training_times_around_a_noise_level(schedule, mean, std):
+    """lambda is the truncated normal of scipy, between the ends of what is sampled, also far out in a tail."""
+    t = schedule.sample_t_around(mean, std, 100_000, torch.Generator().manual_seed(0))
+    assert t.dtype == torch.float32 and t.min() >= schedule.t_min and t.max() <= 1.0
+    first, last = schedule.lambda_(torch.tensor([1.0, schedule.t_min], dtype=torch.float64)).tolist()
+    expected = scipy.stats.truncnorm((first - mean) / std, (last - mean) / std, loc=mean, scale=std)
+    found = scipy.stats.kstest(schedule.lambda_(t.double()).numpy(), expected.cdf)
+    assert found.statistic < 0.006  # p about 1e-3
 
 
 @every_schedule

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import trainer
+from small import config_with, trainer
 
 from nestdiff_core.diffusion.schedule import VPSchedule
 from nestdiff_core.errors import IntegrityError
@@ -76,6 +76,16 @@ def test_every_step_boundary_is_a_new_seed(batches: LatentBatches, tmp_path: Pat
     draws = [t._draw(0, step, 8, 0.5) for step in (0, 1, 0)]
     assert not torch.equal(draws[0].eps, draws[1].eps)
     assert torch.equal(draws[0].eps, draws[2].eps) and torch.equal(draws[0].eta[2], draws[2].eta[2])
+
+
+def test_trained_at_the_noise_levels_that_are_asked_for(batches: LatentBatches, tmp_path: Path) -> None:
+    """Times around lambda = 3 instead of everywhere; the noise, and validation's times, are the same."""
+    usual, asked = trainer(batches, tmp_path), trainer(batches, tmp_path, config_with(noise_levels=(3.0, 0.1)))
+    for step in (0, 5):
+        a, b = usual.batch(step).draws, asked.batch(step).draws
+        assert (asked.schedule.lambda_(b.t.double()) - 3.0).abs().max() < 0.5 < (a.t - b.t).abs().max()
+        assert torch.equal(a.eps, b.eps)
+    assert np.array_equal(usual.validation_losses(), asked.validation_losses())
 
 
 def test_order_visits_every_image_once_an_epoch() -> None:
