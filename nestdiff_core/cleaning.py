@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nestdiff_core.errors import IntegrityError, LockHeld
-from nestdiff_core.experiment import STAGES, Experiment, Ref
+from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.files import LOCK, MANIFEST, PARTS, TEMPORARY, DirectoryLock, is_sealed, read_json
+from nestdiff_core.lineage import STAGES
 from nestdiff_core.search import candidate
 
 

@@ -1,7 +1,7 @@
 """Every knob of an experiment: frozen dataclasses that validate themselves.
 
 An `ExperimentConfig` is what a recipe returns and what a YAML file changes (recipes/), and what is recorded beside
-every result (config_io.py turns it into plain data and back). Which part of it a stage reads is said in experiment.py.
+every result (config_io.py turns it into plain data and back). Which part of it a stage reads is said in lineage.py.
 """
 
 from nestdiff_core.config.data import (

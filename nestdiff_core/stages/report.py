@@ -33,8 +33,9 @@ from nestdiff_core.evaluation.page import Figure, Rows, Section, flat, render
 from nestdiff_core.evaluation.samples import StoredSamples
 from nestdiff_core.evaluation.sweep import level_table as setting_table
 from nestdiff_core.evaluation.sweep import short_table, sweep_plots, verdict
-from nestdiff_core.experiment import STAGES, Experiment, Ref
+from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.files import write_bytes, write_json
+from nestdiff_core.lineage import STAGES
 from nestdiff_core.newest import newest_weights
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stages.common import reuse
