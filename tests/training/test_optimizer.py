@@ -12,7 +12,7 @@ from nestdiff_core.errors import NumericsError
 from nestdiff_core.models.nested import build_denoiser
 from nestdiff_core.recipes.cifar10 import ARMS, SMALL
 from nestdiff_core.training.data import Batch, LatentBatches
-from nestdiff_core.training.optimizer import MuonAdamW, block_matrices, make_optimizer
+from nestdiff_core.training.optimizer import Muon, MuonAdamW, block_matrices, make_optimizer
 
 MUON = {"optimizer": "muon", "lr": 1e-3}
 
@@ -39,27 +39,47 @@ def test_every_parameter_is_stepped_by_one_of_them() -> None:
     assert sorted(stepped) == sorted(id(p) for p in model.parameters())
 
 
-def test_a_matrix_moves_along_the_nearest_orthogonal_one() -> None:
-    """The first step against numpy's singular value decomposition of the gradient: the same singular vectors, each
+def test_matrices_move_along_the_nearest_orthogonal_ones() -> None:
+    """The first step against numpy's singular value decomposition of the gradients: the same singular vectors, each
     with a factor of .7 to 1.2 (the iteration's own spread), times .2 sqrt(longer side) of the rate, and weight decay;
-    a bias beside it moves as AdamW's first step does."""
+    a bias beside them moves as AdamW's first step does."""
     torch.manual_seed(0)
-    linear = torch.nn.Linear(24, 48)
-    before = {name: p.detach().clone() for name, p in linear.named_parameters()}
-    parts = (
-        torch.optim.Muon([linear.weight], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW([linear.bias], lr=0.01, weight_decay=0.0),
-    )
-    optimizer = MuonAdamW(*parts)
-    gradient = torch.randn(48, 24)
-    linear.weight.grad, linear.bias.grad = gradient, torch.ones(48)
+    linears = [torch.nn.Linear(*sides) for sides in ((24, 48), (48, 24), (24, 48))]
+    before = [p.weight.detach().clone() for p in linears]
+    bias = linears[0].bias.detach().clone()
+    muon = Muon([p.weight for p in linears], lr=0.01, weight_decay=0.1)
+    optimizer = MuonAdamW(muon, torch.optim.AdamW([linears[0].bias], lr=0.01, weight_decay=0.0))
+    for p in linears:
+        p.weight.grad = torch.randn_like(p.weight)
+    linears[0].bias.grad = torch.ones(48)
     optimizer.step()
-    moved = before["weight"] * (1 - 0.01 * 0.1) - linear.weight.detach()
-    u, _, vt = np.linalg.svd(gradient.numpy(), full_matrices=False)
-    in_its_basis = u.T @ moved.numpy() @ vt.T / (0.01 * 0.2 * np.sqrt(48))
-    assert np.diag(in_its_basis).min() > 0.6 and np.diag(in_its_basis).max() < 1.3
-    assert np.abs(in_its_basis - np.diag(np.diag(in_its_basis))).max() < 0.05
-    assert torch.allclose(before["bias"] - linear.bias.detach(), torch.full((48,), 0.01), atol=1e-6)
+    for p, old in zip(linears, before, strict=True):
+        moved = old * (1 - 0.01 * 0.1) - p.weight.detach()
+        u, _, vt = np.linalg.svd(p.weight.grad.numpy(), full_matrices=False)
+        in_its_basis = u.T @ moved.numpy() @ vt.T / (0.01 * 0.2 * np.sqrt(48))
+        assert np.diag(in_its_basis).min() > 0.6 and np.diag(in_its_basis).max() < 1.3
+        assert np.abs(in_its_basis - np.diag(np.diag(in_its_basis))).max() < 0.05
+    assert torch.allclose(bias - linears[0].bias.detach(), torch.full((48,), 0.01), atol=1e-6)
+
+
+def test_muon_is_torchs() -> None:
+    """Ten steps on matrices of two shapes, with changing rates: within 2 % of the way that torch's Muon goes."""
+    torch.manual_seed(0)
+    ours = [torch.randn(sides) for sides in ((16, 64), (64, 16), (16, 64), (16, 64), (32, 32))]
+    theirs, start = [p.clone() for p in ours], [p.clone() for p in ours]
+    both = (
+        Muon(ours, lr=0.01, weight_decay=0.1),
+        torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    )
+    for step in range(10):
+        gradients = [torch.randn_like(p) for p in ours]
+        for optimizer in both:
+            optimizer.param_groups[0]["lr"] = 0.01 * (10 - step)
+            for p, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
+                p.grad = gradient
+            optimizer.step()
+    for a, b, c in zip(ours, theirs, start, strict=True):
+        assert (a - b).norm() < 0.02 * (b - c).norm()
 
 
 def test_both_follow_the_learning_rate_and_resume_to_the_bit(batches: LatentBatches, tmp_path: Path) -> None:
