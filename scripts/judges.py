@@ -198,7 +198,7 @@ def judges_of(record: dict[str, Any], out: Path) -> list[dict[str, Any]]:
     out, classifier = out.expanduser().absolute(), record[CLASSIFIER]["made_of"]
     encoder = {key: classifier["encoder"][key] for key in DECIDING[CLASSIFIER]} | {"weights": str(out / FILE)}
     return [
-        {"name": CLASSIFIER, "num_classes": classifier["num_classes"], "encoder": encoder},
+        {"name": CLASSIFIER, "num_classes": classifier["num_classes"], "unit_length": True, "encoder": encoder},
         {"name": MOCO, "encoder": {"kind": "moco", "weights": str(out / MOCO)}},
     ]
 

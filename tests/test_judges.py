@@ -38,6 +38,7 @@ def test_what_it_prints_are_judges(run, tmp_path: Path, monkeypatch: pytest.Monk
     printed = run("toy")
     config = from_dict(EvaluationConfig, yaml.safe_load(printed)["evaluation"])
     networks = {j.name: build_judge(j.encoder, num_classes=j.num_classes) for j in config.judges}
+    assert [judge.name for judge in config.judges if judge.unit_length] == ["classifier"]
     assert isinstance(networks["classifier"], Classifier) and not isinstance(networks["moco"], Classifier)
     assert build_extractor("moco", judges=networks).metric_name("fd") == "fd_moco"
     record = json.loads((tmp_path / "judges" / "judges.json").read_text())

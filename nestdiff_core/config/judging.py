@@ -93,6 +93,12 @@ class JudgeConfig:
         "is not asked.",
         decides="if_changed",
     )
+    unit_length: bool = knob(
+        False,
+        "Whether its vectors are scaled to length 1: where a few images have far longer ones than all others, nothing "
+        "else would count in a Frechet distance.",
+        decides="if_changed",
+    )
 
     def __post_init__(self) -> None:
         where = "evaluation.judges"

@@ -14,7 +14,7 @@ image_metrics.py's business.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -73,11 +73,13 @@ def build_extractor(
     encoder: Encoder | None = None,
     inception_weights: str = "",
     judges: Mapping[str, Encoder] | None = None,
+    unit_length: Collection[str] = (),
     device: torch.device | str = "cpu",
 ) -> Extractor:
-    """The extractor of that name in `EvaluationConfig.spaces`. judges: the independent encoders by name."""
+    """The extractor of that name in `EvaluationConfig.spaces`. judges: the independent encoders by name. unit_length:
+    those of them whose vectors are scaled to length 1."""
     if judges is not None and kind in judges:
-        return encoder_extractor(judges[kind], kind=kind)
+        return encoder_extractor(judges[kind], kind=kind, unit_length=kind in unit_length)
     match kind:
         case "encoder":
             if encoder is None:
@@ -101,17 +103,20 @@ def build_extractor(
     )
 
 
-def encoder_extractor(encoder: Encoder, *, kind: str = "encoder") -> Extractor:
+def encoder_extractor(encoder: Encoder, *, kind: str = "encoder", unit_length: bool = False) -> Extractor:
     """The encoder's class vector: one vector an image, and not the pooled map from which the latents are cut; of a
-    classifier the logits of its head too.
+    classifier the logits of its head too. unit_length: scaled to length 1.
 
     Runs where the encoder's weights are; the encoder does its own resizing and repeats grey images as it was trained.
     """
 
     def embed(images: UInt8[np.ndarray, "B H W C"]) -> tuple[Tensor, Tensor | None]:
-        return encoder.classify(images) if isinstance(encoder, Classifier) else (encoder.encode(images)[1], None)
+        known = encoder.classify(images) if isinstance(encoder, Classifier) else (encoder.encode(images)[1], None)
+        return (F.normalize(known[0], dim=1), known[1]) if unit_length else known
 
     preprocessing = {"input_size": encoder.input_size, "mean": list(encoder.mean), "std": list(encoder.std)}
+    if unit_length:
+        preprocessing["unit_length"] = True
     return Extractor(kind, weights_sha256(encoder.state_dict()), preprocessing, embed)
 
 

@@ -185,7 +185,7 @@ def judges(folder: str, scale: Scale) -> tuple[JudgeConfig, ...]:
         weights=f"{folder}/classifier.safetensors",
     )
     return (
-        JudgeConfig(name="classifier", num_classes=NUM_CLASSES, encoder=classifier),
+        JudgeConfig(name="classifier", num_classes=NUM_CLASSES, encoder=classifier, unit_length=True),
         JudgeConfig(name="moco", encoder=EncoderConfig(kind="moco", weights=f"{folder}/moco")),
     )
 

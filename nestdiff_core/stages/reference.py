@@ -82,7 +82,14 @@ def extractors(x: Experiment, *, device: str = "cpu") -> list[Extractor]:
     encoder = load_encoder(x.artifact(Ref("encoder")), device=device) if "encoder" in config.extractors else None
     judges = {j.name: build_judge(j.encoder, num_classes=j.num_classes, device=device) for j in config.judges}
     return [
-        build_extractor(kind, encoder=encoder, inception_weights=config.inception_weights, judges=judges, device=device)
+        build_extractor(
+            kind,
+            encoder=encoder,
+            inception_weights=config.inception_weights,
+            judges=judges,
+            unit_length=[judge.name for judge in config.judges if judge.unit_length],
+            device=device,
+        )
         for kind in config.spaces
     ]
 

@@ -39,6 +39,16 @@ def images(n: int, side: int = 8, channels: int = 1, seed: int = 0) -> np.ndarra
     return np.random.default_rng(seed).integers(0, 256, (n, side, side, channels), dtype=np.uint8)
 
 
+def test_vectors_of_unit_length() -> None:
+    """Each is the encoder's own, divided by its length, and the card can tell."""
+    encoder, pictures = TinyEncoder(), images(70)
+    space = encoder_extractor(encoder, kind="tiny", unit_length=True)
+    own = encoder.encode(pictures)[1].detach().double().numpy()
+    found = extract(pictures, space, batch_size=32).values.numpy()
+    np.testing.assert_allclose(found, own / np.sqrt((own**2).sum(1, keepdims=True)), rtol=1e-5)
+    assert space.preprocessing == {**encoder_extractor(encoder).preprocessing, "unit_length": True}
+
+
 def test_encoder_space_is_the_class_vector() -> None:
     """Features are the encoder's vectors, in order and whatever the batch size."""
     encoder, pictures = TinyEncoder(), images(70)

@@ -273,14 +273,17 @@ def test_judges_are_further_spaces(made: Experiment) -> None:
     change of their weights makes the reference and the evaluation new, and the samples not."""
     moco = JudgeConfig(name="own", encoder=EncoderConfig(kind="moco", weights=str(made.artifact(Ref("encoder")).path)))
     vit = JudgeConfig(name="vit", encoder=EncoderConfig(kind="timm", name="test_vit", weights="random", input_size=32))
-    x = Experiment(replace(made.config, evaluation=EvaluationConfig(judges=(moco, vit))), made.root)
+    unit = replace(moco, name="unit", unit_length=True)
+    x = Experiment(replace(made.config, evaluation=EvaluationConfig(judges=(moco, vit, unit))), made.root)
     stages.reference(x)
     metrics = stages.evaluation(x).info["metrics"]
     assert {name for name in metrics if name.startswith("fd_") and "infinity" not in name} == {
-        "fd_encoder", "fd_own", "fd_vit"
+        "fd_encoder", "fd_own", "fd_vit", "fd_unit"
     }  # fmt: skip
     assert metrics["fd_own"]["value"] == metrics["fd_encoder"]["value"]
-    cards = {name: metrics[f"fd_{name}"]["card"] for name in ("encoder", "vit")}
+    cards = {name: metrics[f"fd_{name}"]["card"] for name in ("encoder", "vit", "unit")}
+    assert cards["unit"]["preprocessing"] == {**cards["encoder"]["preprocessing"], "unit_length": True}
+    assert metrics["fd_unit"]["value"] < 4.0  # of vectors of length 1
     assert cards["vit"]["weights_sha256"] != cards["encoder"]["weights_sha256"]
     assert x.path(Ref("samples")) == made.path(Ref("samples"))
     assert x.path(Ref("reference")) != made.path(Ref("reference"))
