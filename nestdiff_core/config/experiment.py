@@ -130,6 +130,8 @@ class ExperimentConfig:
             "config, unless something is swept (sweep.guidance, noise_gammas, num_evaluations or decays)",
             self.sampling.chosen_by,
         )
+        for count in self.sweep.num_evaluations:
+            self.sampling.require_evaluations("sweep.num_evaluations", count)
         if any(self.sweep.guidance):
             for level in self.levels:
                 self._check_guidance(replace(level, guidance=max(self.sweep.guidance)))
@@ -162,6 +164,8 @@ class ExperimentConfig:
         )
 
     def _check_level(self, level: LevelConfig) -> None:
+        if level.num_evaluations:
+            self.sampling.require_evaluations("levels.num_evaluations", level.num_evaluations, level.level)
         channels, grid = self.latent_shape(level.level)[:2]
         for given, right, name in ((level.grid, grid, "grid"), (level.channels, channels, "channels")):
             require(

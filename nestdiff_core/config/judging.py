@@ -36,6 +36,12 @@ class SamplingConfig:
     noise_draw: Literal["call", "once"] = knob(
         "call", "Whether a condition's noise is drawn anew at every network call or once for an image and level."
     )
+    terminal_step: bool = knob(
+        False,
+        "Whether a latent starts with the signal that is left at t = 1, for which two of its network evaluations go, "
+        "instead of as pure noise: the more its conditions tell, the more is lost by the latter.",
+        decides="if_changed",
+    )
     null_branch: Literal["all", "conditions"] = knob(
         "all", "What guidance contrasts with: neither label nor conditions, or the label alone."
     )
@@ -71,11 +77,18 @@ class SamplingConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("num_evaluations", "num_images", "batch_size"):
+        for name in ("num_images", "batch_size"):
             require(getattr(self, name) >= 1, f"sampling.{name}", ">= 1", getattr(self, name))
+        self.require_evaluations("sampling.num_evaluations", self.num_evaluations)
         require(0 < self.contrast < float("inf"), "sampling.contrast", "a number > 0", self.contrast)
         require(self.noise_gamma >= 0, "sampling.noise_gamma", ">= 0", self.noise_gamma)
         require(self.seed >= 0, "sampling.seed", ">= 0", self.seed)
+
+    def require_evaluations(self, name: str, count: int, level: int | None = None) -> None:
+        """Raise a ConfigError unless `count` network evaluations can sample a latent."""
+        least = 3 if self.terminal_step else 1
+        why = f">= {least}, as sampling.terminal_step takes two" if self.terminal_step else ">= 1"
+        require(count >= least, name, why, count, level=level)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from nestdiff_core.diffusion.samplers import (
     sample_ddpm,
     sample_dpm_solver,
     sample_dpm_solver_pp,
+    terminal_step,
     time_grid,
 )
 from nestdiff_core.diffusion.schedule import DiscreteSchedule, NoiseSchedule, VPSchedule, make_schedule
@@ -26,6 +27,7 @@ __all__ = [
     "sample_ddpm",
     "sample_dpm_solver",
     "sample_dpm_solver_pp",
+    "terminal_step",
     "time_grid",
     "to_eps_hat",
     "to_z_hat",

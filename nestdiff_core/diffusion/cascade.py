@@ -25,10 +25,12 @@ from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.diffusion.guidance import guided
 from nestdiff_core.diffusion.process import to_z_hat
 from nestdiff_core.diffusion.samplers import (
+    TERMINAL_EVALUATIONS,
     sample_ddim,
     sample_ddpm,
     sample_dpm_solver,
     sample_dpm_solver_pp,
+    terminal_step,
     time_grid,
 )
 from nestdiff_core.diffusion.schedule import make_schedule
@@ -172,6 +174,7 @@ class _LevelSampler:
 
     def _times(self, level: int) -> Tensor:
         sampling, count = self.config.sampling, self.config.num_evaluations(level)
+        count -= TERMINAL_EVALUATIONS if sampling.terminal_step else 0
         return time_grid(self.schedule, count, sampling.spacing, to_zero=sampling.sampler != "dpm_solver")
 
     def sample(self, level: int, latents: Mapping[int, Tensor], labels: Tensor | None, batch: MicroBatch) -> Tensor:
@@ -183,15 +186,16 @@ class _LevelSampler:
             return to_z_hat(output.to(z_t.dtype), z_t, t, self.schedule, self.config.diffusion.prediction)
 
         noise, times = self._noise(level, level, batch), self._times(level)
+        start = terminal_step(z_hat, noise(), self.schedule) if self.config.sampling.terminal_step else noise()
         match self.config.sampling.sampler:
             case "dpm_solver_pp":
-                return sample_dpm_solver_pp(z_hat, noise(), times, self.schedule)
+                return sample_dpm_solver_pp(z_hat, start, times, self.schedule)
             case "dpm_solver":
-                return sample_dpm_solver(z_hat, noise(), times, self.schedule)
+                return sample_dpm_solver(z_hat, start, times, self.schedule)
             case "ddim":
-                return sample_ddim(z_hat, noise(), times, self.schedule)
+                return sample_ddim(z_hat, start, times, self.schedule)
             case "ddpm":
-                return sample_ddpm(z_hat, noise(), times, self.schedule, noise)
+                return sample_ddpm(z_hat, start, times, self.schedule, noise)
 
     def _noise(self, level: int, m: int, batch: MicroBatch) -> Callable[[], Tensor]:
         """The next standard normal numbers in the shape of z_m, of the images' streams while `level` is sampled."""

@@ -38,6 +38,7 @@ class SampleOrigin:
     checkpoints: dict[int, str]
     guide_step: dict[int, int] = field(default_factory=dict)  # of levels that are guided by their own earlier weights
     contrast: float = 1.0
+    terminal_step: bool = False
     rounding: str = ROUNDING
 
     @classmethod
@@ -66,6 +67,7 @@ class SampleOrigin:
                 level.level: level.guide_step for level in config.levels if level.guidance and level.guide_step
             },
             contrast=sampling.contrast,
+            terminal_step=sampling.terminal_step,
         )
 
 

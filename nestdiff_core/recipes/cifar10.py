@@ -158,6 +158,7 @@ def arm(
         diffusion=DiffusionConfig(prediction="v"),
         sampling=SamplingConfig(
             num_evaluations=25,
+            terminal_step=True,
             num_images=10_000,
             contrast=contrast,
             precision="bfloat16",

@@ -36,6 +36,8 @@ def card(**changes: object) -> MetricCard:
 
 
 def another(value: Any) -> Any:
+    if isinstance(value, bool):
+        return not value
     if isinstance(value, dict):
         return {**value, 2: another(value.get(2, 0))}
     if isinstance(value, tuple):

@@ -114,7 +114,7 @@ def test_new_knobs_leave_what_was_made_where_it_is() -> None:
         "sampling": {
             name: value
             for name, value in to_dict(toy().sampling).items()
-            if name not in ("precision", "compile", "contrast", "chosen_by", "without_conditions")
+            if name not in ("precision", "compile", "contrast", "chosen_by", "without_conditions", "terminal_step")
         },
         "guidance": [[0.5, 0.0, 1.0], [0.0, 0.0, 1.0]],
     }
