@@ -30,11 +30,12 @@ def long_run(toy_run: Any, tmp_path: Path) -> Experiment:
     return with_steps(tmp_path, STEPS)
 
 
-def with_steps(root: Path, num_steps: int) -> Experiment:
+def with_steps(root: Path, num_steps: int, optimizer: str = "adamw") -> Experiment:
     path = root / "long.yaml"
     path.write_text(
         "recipe: toy\n"
-        f"levels.2.train: {{num_steps: {num_steps}, checkpoint_every: 50, log_every: 50, keep_last: 100}}\n"
+        f"levels.2.train: {{num_steps: {num_steps}, checkpoint_every: 50, log_every: 50, keep_last: 100, "
+        f"optimizer: {optimizer}}}\n"
     )
     return Experiment(load_experiment(path), root)
 
@@ -184,9 +185,13 @@ def test_orphans_are_adopted_while_a_launch_lasts() -> None:
     os.kill(other, signal.SIGKILL)
 
 
-def test_two_processes_train_like_one(long_run: Experiment, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_processes_train_like_one(
+    long_run: Experiment, optimizer: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """The same global batch on one and on two processes gives the same losses, to rounding (1e-4 after 50 steps), also
     where their number changes at every stop, in the middle of a log line's steps."""
+    long_run = with_steps(long_run.root, STEPS, optimizer)
     other = tmp_path_factory.mktemp("two")
     shutil.copytree(long_run.root, other, dirs_exist_ok=True)
     two = Experiment(long_run.config, other)

@@ -125,6 +125,7 @@ batches, told = make_batches(folder, 48), {}
 device, parts = ("cuda", 1) if torch.cuda.is_available() else ("cpu", 2)
 for name in ("eager", "compiled"):
     config = config_with(
+        optimizer="muon",
         compile=name == "compiled",
         cuda_graphs=name == "compiled" and parts == 1,
         checkpoint_every=3,
