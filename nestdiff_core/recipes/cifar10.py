@@ -6,7 +6,8 @@
               fusion. The denoiser of level 1 is then the same in both, and is trained once.
 
 An arm's levels share `Scale.tflops` of training, 6 x MACs x images, by SHARES. All arms train alike, with the
-initialisation, target and learning rate that suit l1, and see images in the same order.
+initialisation, target and learning rate that suit l1, and see images in the same order; the noise levels that suit its
+pixels are for level 1 alone.
 
 Each arm also comes sampled with guidance that a sweep chose (`_guided`; l1 has nothing to be told, so its guide is its
 own weights after a quarter of its training: `l1_autoguided`), and l1 with more contrast, since a judge may take
@@ -80,9 +81,8 @@ class Scale:
 
     def train_of(self, level: int, macs: float, share: float) -> TrainConfig:
         """As many steps as cost `share` of an arm's FLOPs."""
-        batch = self.train.batch_size if level == 1 else self.batch_above
-        steps = round(share * self.tflops * 1e6 / (6.0 * macs * batch))
-        return replace(self.train, batch_size=batch, num_steps=steps)
+        train = self.train if level == 1 else replace(self.train, batch_size=self.batch_above, noise_levels=())
+        return replace(train, num_steps=round(share * self.tflops * 1e6 / (6.0 * macs * train.batch_size)))
 
 
 def _model(width: int, depth: int, num_heads: int) -> UViTConfig:
