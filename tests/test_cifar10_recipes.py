@@ -49,17 +49,16 @@ def test_the_enlarged_network_is_as_large_as_the_deepest_system(sides: str) -> N
 
 @scales
 def test_arms_differ_in_depth_and_size_alone(sides: str) -> None:
-    """Images, judges, sampling and all of training but the number of steps are shared, and the batch of levels above 1;
-    so is the order of images."""
+    """Images, judges, sampling and all of training but the number of steps are shared; levels above 1 have a batch of
+    their own and the schedule's noise levels. So is the order of images."""
     one = arm(sides, "l1")
     for name in ARMS[1:]:
         config = arm(sides, name)
         for part in ("images", "encoder", "diffusion", "sampling", "evaluation", "conditioning"):
             assert getattr(config, part) == getattr(one, part), part
         for level in config.levels:
-            batch = one.level(1).train.batch_size if level.level == 1 else SCALES[sides].batch_above
-            expected = replace(one.level(1).train, batch_size=batch, num_steps=level.train.num_steps)
-            assert level.train == expected
+            own = {} if level.level == 1 else {"batch_size": SCALES[sides].batch_above, "noise_levels": ()}
+            assert level.train == replace(one.level(1).train, num_steps=level.train.num_steps, **own)
     assert arm(sides, "l2").level(1) == arm(sides, "l3").level(1)
 
 
