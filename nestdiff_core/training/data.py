@@ -10,11 +10,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from nestdiff_core.diffusion.schedule import NoiseSchedule
 from nestdiff_core.stores.reader import StoreReader
 from nestdiff_core.training.ahead import Ahead
+
+VALIDATION_IMAGES = 512
+
+
+def validation_rows(held_out_rows: Int64[np.ndarray, " N"]) -> Int64[np.ndarray, " M"]:
+    """The held-out images that losses are measured on: at most 512, of all kinds, in whatever order they lie."""
+    return np.random.default_rng(0).permutation(held_out_rows)[:VALIDATION_IMAGES]
 
 
 class BatchOrder:

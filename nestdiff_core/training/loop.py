@@ -38,7 +38,7 @@ from nestdiff_core.training.checkpoint import (
     read_tensors,
     restore,
 )
-from nestdiff_core.training.data import Batch, BatchOrder, Draws, LatentBatches, draw
+from nestdiff_core.training.data import Batch, BatchOrder, Draws, LatentBatches, draw, validation_rows
 from nestdiff_core.training.optimizer import make_optimizer
 from nestdiff_core.training.report import (
     NOISE_LEVELS,
@@ -52,7 +52,6 @@ from nestdiff_core.training.report import (
     peak_memory,
 )
 
-VALIDATION_IMAGES = 512
 VALIDATION_SEED = 2**31 - 1
 NAMED = 5  # images that an error names
 # While it runs, with the parts of losses by noise level.
@@ -110,8 +109,7 @@ class Trainer:
         self.ema = self.averages[self.train.ema_decay]
         self.optimizer = make_optimizer(self.model, self.train)
         self.order = BatchOrder(train_rows, self.train.batch_size, self.train.seed)
-        # Images of all kinds, in whatever order they lie.
-        self.held_out = np.random.default_rng(0).permutation(held_out_rows)[:VALIDATION_IMAGES]
+        self.held_out = validation_rows(held_out_rows)
         self.folder, self.record = folder, record
         self.warn = warn if self.rank == 0 else ignore  # once, not by every process
         self.checkpoints = CheckpointWriter(folder, keep_last=self.train.keep_last, keep_every=self.train.keep_every)
