@@ -56,7 +56,9 @@ def rows(x: Experiment, level: int) -> list[dict[str, Any]]:
         last = next(line for line in reversed(read_json(denoiser.path / "history.json")) if "held_out_loss" in line)
         for told, name in (("nothing", "held_out_loss_without_conditions"), (_told(above), "held_out_loss")):
             if name in last:
-                found.append(_row(level, "trained", told, [last[f"{name}{part}"] for part in QUARTERS]))
+                found.append(
+                    _row(level, "trained", told, [last.get(f"{name}{part}", float("nan")) for part in QUARTERS])
+                )
     return found
 
 
