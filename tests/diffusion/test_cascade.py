@@ -5,16 +5,10 @@ import math
 
 import pytest
 import torch
+from cascades import SAMPLERS, SHAPES, Seen, every_sampler, experiment, given, networks
 
 from nestdiff_core.config import (
     ConditioningConfig,
-    DiffusionConfig,
-    ExperimentConfig,
-    ImagesConfig,
-    LevelConfig,
-    SamplingConfig,
-    TextConfig,
-    UViTConfig,
 )
 from nestdiff_core.diffusion import (
     make_schedule,
@@ -25,57 +19,6 @@ from nestdiff_core.diffusion import (
     time_grid,
     to_z_hat,
 )
-from nestdiff_core.errors import ConfigError, NumericsError
-from nestdiff_core.models import build_denoiser
-
-MODEL = UViTConfig(width=16, depth=2, num_heads=2)
-SHAPES = {1: (1, 8, 8), 2: (3, 2, 2), 3: (5, 1, 1)}
-
-
-SAMPLERS = ["dpm_solver_pp", "dpm_solver", "ddim", "ddpm"]
-every_sampler = pytest.mark.parametrize("sampler", SAMPLERS)
-
-
-def experiment(*, noise=0.0, guidance=0.0, interval=(0.0, 1.0), labels="none", prediction="x", shapes=SHAPES, **knobs):
-    """The levels of `shapes`; each above the first carries the same condition noise. knobs: of the sampling."""
-    levels = []
-    for m, (channels, grid, _) in shapes.items():
-        latent = {"patch_size": 2} if m == 1 else {"grid": grid, "channels": channels, "condition_noise": noise}
-        levels.append(LevelConfig(level=m, guidance=guidance, guidance_interval=interval, model=MODEL, **latent))
-    return ExperimentConfig(
-        images=ImagesConfig(source="digits", resolution=8, channels=1, labels=True),
-        levels=tuple(levels),
-        conditioning=ConditioningConfig(
-            labels=labels, drop="each", text=TextConfig(weights="random", length=3, width=4)
-        ),
-        diffusion=DiffusionConfig(prediction=prediction),
-        sampling=SamplingConfig(**({"num_evaluations": 4, "batch_size": 4} | knobs)),
-    )
-
-
-def networks(config, num_classes=0):
-    return {
-        level.level: build_denoiser(
-            config, level.level, num_classes, generator=torch.Generator().manual_seed(level.level)
-        ).eval()
-        for level in config.levels
-    }
-
-
-class Seen:
-    """A denoiser that predicts zero and remembers what it was called with."""
-
-    def __init__(self):
-        self.calls = []
-
-    def __call__(self, z_t, t, z_above, labels=None, drop=None):
-        self.calls.append({"z_t": z_t, "t": t[0].item(), "z_above": z_above, "labels": labels, "drop": drop})
-        return torch.zeros_like(z_t)
-
-
-def given(config, count, *levels):
-    return {m: torch.randn(count, *config.latent_shape(m), generator=torch.Generator().manual_seed(m)) for m in levels}
-
 
 # --- the law of what is sampled -----------------------------------------------------------------------------------
 
@@ -435,71 +378,3 @@ def test_labels_follow_their_images():
     labels = torch.tensor([5, 0, 9, 2])
     z = sample_cascade(dict.fromkeys(SHAPES, model), config, image_indices=[7, 2, 3, 9], seed=0, labels=labels)
     torch.testing.assert_close(z[1], labels.float().view(-1, 1, 1, 1).expand_as(z[1]))
-
-
-# --- reports and refusals -----------------------------------------------------------------------------------------
-
-
-def test_progress_counts_images():
-    """The listener hears of every finished batch, up to the number of images."""
-    heard = []
-    config = experiment()
-    sample_cascade(
-        networks(config),
-        config,
-        image_indices=range(6),
-        seed=0,
-        progress=lambda done, total, what: heard.append((done, total)),
-    )
-    assert heard == [(4, 6), (6, 6)]
-
-
-def test_a_latent_that_is_not_finite_is_named():
-    """The refusal names the level and the image."""
-    config = experiment()
-
-    def broken(z_t, t, z_above, labels=None, drop=None):
-        return torch.where(torch.arange(len(z_t)).view(-1, 1, 1, 1) == 2, math.nan, z_t)
-
-    with pytest.raises(NumericsError) as refusal:
-        sample_cascade(networks(config) | {2: broken}, config, image_indices=[4, 5, 6, 7], seed=0)
-    assert (refusal.value.level, refusal.value.key) == (2, "image 6")
-
-
-@pytest.mark.parametrize(
-    ("kind", "labels"),
-    [
-        ("none", torch.zeros(2, dtype=torch.long)),
-        ("none", torch.zeros(2, 3, 4)),
-        ("class", torch.zeros(3, dtype=torch.long)),
-        ("class", torch.zeros(2, 3, 4)),
-        ("text", torch.zeros(2, dtype=torch.long)),
-        ("text", torch.zeros(3, 3, 4)),
-        ("text", torch.zeros(2, 3, 5)),
-    ],
-)
-def test_labels_of_another_shape_are_refused(kind, labels):
-    """Labels are one class for each image, or its caption's tokens, as the experiment says."""
-    with pytest.raises(ConfigError) as refusal:
-        sample_cascade(
-            {m: Seen() for m in SHAPES}, experiment(labels=kind), image_indices=range(2), seed=0, labels=labels
-        )
-    assert refusal.value.key == "labels"
-
-
-@pytest.mark.parametrize(
-    ("request_", "key"),
-    [
-        ({"image_indices": [1, 1]}, "image_indices"),
-        ({"image_indices": [-1]}, "image_indices"),
-        ({"given": {2: torch.zeros(2, 3, 2, 2)}}, "given"),
-        ({"given": {3: torch.zeros(3, 5, 1, 1)}}, "given"),
-        ({"denoisers": {1: Seen(), 3: Seen()}}, "denoisers"),
-    ],
-)
-def test_contradicting_requests_are_refused(request_, key):
-    """Before anything is sampled, the refusal names what contradicts the experiment."""
-    arguments = {"denoisers": {m: Seen() for m in SHAPES}, "image_indices": range(2), "seed": 0} | request_
-    with pytest.raises(ConfigError) as refusal:
-        sample_cascade(config=experiment(), **arguments)
-    assert refusal.value.key == key
