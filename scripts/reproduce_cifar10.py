@@ -44,7 +44,7 @@ NUMBERS = (*DISTANCES, "precision_classifier", "recall_classifier", "class_entro
 QUARTERS = ("_t0.00", "_t0.25", "_t0.50", "_t0.75", "")
 JUDGES_SEED = 1000  # no arm's
 HISTORY = "history.json"
-SHOWN = ("l1", "l1_autoguided", "l2_guided", "l3_guided")  # in the picture, of the first seed
+SHOWN = ("l1", "l1_autoguided", "l2_autoguided", "l3_autoguided")  # in the picture, of the first seed
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ An arm's levels share `Scale.tflops` of training, 6 x MACs x images, by SHARES. 
 initialisation, target and learning rate that suit l1, and see images in the same order; the noise levels that suit its
 pixels are for level 1 alone.
 
-Each arm also comes sampled with guidance that a sweep chose (`_guided`; l1 has nothing to be told, so its guide is its
-own weights after a quarter of its training: `l1_autoguided`), and l1 with more contrast, since a judge may take
-contrast for quality. With `_class` every level is told the image's class as well, which l1 can then be guided by.
+Each arm also comes sampled with guidance of a weight that a sweep chose: by what a level makes of its condition
+(`_guided`, which l1 has not), and by its own average after about a quarter of its training (`_autoguided`); and l1 with
+more contrast, since a judge may take contrast for quality. With `_class` every level is told the image's class as well,
+which l1 can then be guided by.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 from nestdiff_core.config import (
     ConditioningConfig,
@@ -148,15 +150,16 @@ def arm(
     depth: int,
     *,
     star: bool = False,
-    guided: bool = False,
+    guide: Literal["none", "null", "own"] = "none",
     classes: bool = False,
     contrast: float = 1.0,
 ) -> ExperimentConfig:
-    """One arm of the table; see the module's docstring. star: the enlarged network of depth 1."""
+    """One arm of the table; see the module's docstring. star: the enlarged network of depth 1. guide: what guidance
+    contrasts with: nothing, the level told nothing, or its own early average."""
     levels = _levels(scale, scale.class_macs if classes else scale.macs, depth, star)
-    if guided and depth == 1 and not classes:
-        own, kept = levels[0], scale.train.keep_every
-        levels = (replace(own, guide_step=round(own.train.num_steps / 4 / kept) * kept),)
+    if guide == "own":
+        levels = tuple(replace(level, guide_step=_quarter(level.train)) for level in levels)
+    guided = guide != "none"
     return ExperimentConfig(
         images=ImagesConfig(source="webdataset", path="data/cifar10", resolution=scale.resolution, labels=True),
         encoder=EncoderConfig(kind="torchvision", name="squeezenet1_0", weights="hub", input_size=80),
@@ -211,21 +214,31 @@ def _levels(scale: Scale, macs: Macs, depth: int, star: bool) -> tuple[LevelConf
     )
 
 
+def _quarter(train: TrainConfig) -> int:
+    """The kept step that is nearest to a quarter of the training."""
+    return max(1, round(train.num_steps / 4 / train.keep_every)) * train.keep_every
+
+
 ARMS: dict[str, Callable[[Scale], ExperimentConfig]] = {
     "l1": partial(arm, depth=1),
     "l1_contrast": partial(arm, depth=1, contrast=CONTRAST),
-    "l1_autoguided": partial(arm, depth=1, guided=True),
+    "l1_autoguided": partial(arm, depth=1, guide="own"),
     "l1_star": partial(arm, depth=1, star=True),
-    "l1_star_autoguided": partial(arm, depth=1, star=True, guided=True),
+    "l1_star_autoguided": partial(arm, depth=1, star=True, guide="own"),
     "l2": partial(arm, depth=2),
-    "l2_guided": partial(arm, depth=2, guided=True),
+    "l2_guided": partial(arm, depth=2, guide="null"),
+    "l2_autoguided": partial(arm, depth=2, guide="own"),
     "l3": partial(arm, depth=3),
-    "l3_guided": partial(arm, depth=3, guided=True),
+    "l3_guided": partial(arm, depth=3, guide="null"),
+    "l3_autoguided": partial(arm, depth=3, guide="own"),
 }
 CLASS_ARMS: dict[str, Callable[[Scale], ExperimentConfig]] = {
-    f"l{depth}_class{'_guided' * guided}": partial(arm, depth=depth, classes=True, guided=guided)
+    f"l{depth}_class{ending}": make
     for depth in SHARES
-    for guided in (False, True)
+    for ending, make in (
+        ("", partial(arm, depth=depth, classes=True)),
+        ("_guided", partial(arm, depth=depth, classes=True, guide="null")),
+    )
 }
 
 
