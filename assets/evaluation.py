@@ -10,6 +10,7 @@ from assets.stage import stage_asset
 from nestdiff_core.artifacts import Artifact
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.experiment import Experiment, Ref
+from nestdiff_core.tables import floor_name
 
 CARDS = "metric_cards"
 
@@ -68,7 +69,7 @@ def build_evaluation(experiment: ExperimentConfig) -> dg.AssetsDefinition:
         description=(
             "Frechet distance, precision and recall of the samples against the training images, each named for "
             "the feature space it was "
-            "measured in and beside the same number for real held-out images. Every number carries its metric "
+            "measured in and beside the same number for real images. Every number carries its metric "
             "card (metrics.json); what the cards differ in from those of the materialisation before is shown."
         ),
         show=_show_evaluation,
@@ -78,13 +79,13 @@ def build_evaluation(experiment: ExperimentConfig) -> dg.AssetsDefinition:
 def _show_evaluation(context: dg.AssetExecutionContext, x: Experiment, artifact: Artifact) -> dict[str, Any]:
     from nestdiff_core.evaluation.card import compare
 
-    info = artifact.info
+    info, real = artifact.info, floor_name(x.config)
     rows = [
         {
             "number": name,
             "samples": n["value"],
-            "samples, as many as held out": n["value_at_floor"],
-            "real held-out": n["floor"],
+            f"samples, as many as {real}": n["value_at_floor"],
+            f"real, {real}": n["floor"],
             **n["others"],
         }
         for name, n in info["metrics"].items()

@@ -13,6 +13,8 @@ from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.recipes import RECIPES
 from nestdiff_core.recipes.paper import CLASSES, PRINTED
 
+HELD_OUT, TRAINING = "held out", "training"
+
 
 def level_table(experiment: Experiment) -> list[dict[str, Any]]:
     """A row per level, from the top: the latent, what it can tell, and size and cost of its denoiser.
@@ -20,16 +22,19 @@ def level_table(experiment: Experiment) -> list[dict[str, Any]]:
     parameters: with and without position embeddings (the paper leaves them out). MACs: one forward pass for one image,
     attention included. GFlops iclr, cvpr: as the paper's two versions count them, 2 MACs of linear and convolution
     layers without attention, and MACs with attention and five operations for each number in a LayerNorm.
+    guidance: as it is sampled with, which is what a sweep chose where `sampling.chosen_by` says so and one was made.
     nats: what z_l can tell as a condition, 1/2 log(1 + 1/sigma^2) per standardised dimension. KL nats: the paper's
     measure, KL(N(z_l, sigma^2 I) || N(0, I)) on standardised channels. Both are infinite without noise.
     """
     import numpy as np
     import torch
 
+    from nestdiff_core import loading
     from nestdiff_core.latents.capacity import capacity_nats, kl_nats
     from nestdiff_core.models import build_denoiser, count_layer_norms, count_macs, count_parameters
 
     config, rows = experiment.config, []
+    sampled = loading.sampled_config(experiment) if experiment.find(Ref("sweep")) else config
     for level in reversed(config.levels):
         with torch.device("meta"):
             model = build_denoiser(config, level.level, num_classes=_num_classes(experiment))
@@ -46,7 +51,7 @@ def level_table(experiment: Experiment) -> list[dict[str, Any]]:
                 "sigma": sigma if above else None,
                 "nats": round(capacity_nats(sigma, size), 1) if above else None,
                 "KL nats": round(kl_nats(np.ones((1, size)), sigma), 1) if above else None,
-                "guidance": level.guidance,
+                "guidance": sampled.level(level.level).guidance,
                 "steps": level.train.num_steps,
                 "tokens": model.num_tokens,
                 "condition tokens": model.num_condition_tokens,
@@ -117,18 +122,25 @@ def stage_table(experiment: Experiment) -> list[dict[str, Any]]:
     return rows
 
 
+def floor_name(config: ExperimentConfig) -> str:
+    """The real images whose numbers stand beside those of samples: those that samples are not compared with."""
+    return HELD_OUT if config.evaluation.reference == "train" else TRAINING
+
+
 def number_table(experiment: Experiment) -> list[dict[str, Any]]:
     """A row per number of the evaluation, none before it has been made.
 
-    samples: all of them. matched: as many as there are real held-out images, whose own number is beside it, since
-    distances shrink with more images. Further columns: other sample sets. confidence: the probe's, where it is on.
+    samples: all of them. matched: as many as there are real images of the split that nothing is compared with, whose
+    own number is beside it (`floor_name`), since distances shrink with more images. Further columns: other sample
+    sets. confidence: the probe's, where it is on.
     """
+    floor = floor_name(experiment.config)
     artifact = experiment.find(Ref("evaluation"))
     if artifact is None:
         return []
     metrics, probe = artifact.info["metrics"], artifact.info["probe"]
     rows = [
-        {"number": name, "samples": n["value"], "matched": n["value_at_floor"], "held out": n["floor"], **n["others"]}
+        {"number": name, "samples": n["value"], "matched": n["value_at_floor"], floor: n["floor"], **n["others"]}
         for name, n in metrics.items()
     ]
     if probe:
@@ -136,7 +148,7 @@ def number_table(experiment: Experiment) -> list[dict[str, Any]]:
         confidence = {
             "samples": probe["samples"]["confidence"],
             "matched": None,
-            "held out": probe["held_out"]["confidence"],
+            floor: probe["held_out"]["confidence"],
         }
         rows.append({"number": "confidence", **confidence, **others})
     return rows

@@ -21,6 +21,7 @@ from nestdiff_core.newest import newest_weights
 from nestdiff_core.recipes import toy
 from nestdiff_core.stages.report import page
 from nestdiff_core.stages.watch import best, history, is_worse
+from nestdiff_core.tables import number_table
 
 DATA = ("images", "encoder", "features", "moments", "svd_basis", "latents")
 
@@ -162,6 +163,19 @@ def test_a_report_is_made_again_only_when_something_has_changed(toy_run: Any, tm
     again = stages.report(x)
     assert again.digest != made.digest and "Not made yet" in file.read_text()
     again.verify()
+
+
+def test_real_numbers_are_named_for_the_images_that_they_are_of(toy_run: Any, tmp_path: Path) -> None:
+    """Those of the split that samples are not compared with: training images, where these are the held-out ones."""
+    shutil.copytree(toy_run.root, tmp_path / "artifacts")
+    config = toy()
+    turned = replace(config, evaluation=replace(config.evaluation, reference="held_out", probe=False))
+    x, y = Experiment(config, tmp_path / "artifacts"), Experiment(turned, tmp_path / "artifacts")
+    stages.reference(y)
+    stages.evaluation(y)
+    assert all("held out" in row and "training" not in row for row in number_table(x))
+    assert all("training" in row and "held out" not in row for row in number_table(y))
+    assert "Samples against training images" in page(x) and "Samples against held-out images" in page(y)
 
 
 def test_pictures_show_real_images_beside_what_shares_their_latents(toy_run: Any) -> None:

@@ -41,7 +41,7 @@ from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stages.common import reuse
 from nestdiff_core.stages.neighbours import neighbour_pictures
 from nestdiff_core.stages.watch import IMAGES, MARGIN, best, from_the_top, history, is_worse
-from nestdiff_core.tables import level_table, number_table, stage_table, total_row
+from nestdiff_core.tables import HELD_OUT, TRAINING, floor_name, level_table, number_table, stage_table, total_row
 
 PAGE = "report.html"
 PARTS = "parts.json"
@@ -122,11 +122,12 @@ def _facts(x: Experiment) -> dict[str, str]:
         facts["training images"] = f"{len(loading.open_index(x).rows('train')):,}"
         facts["held out"] = f"{images.info['num_images'] - len(loading.open_index(x).rows('train')):,}"
     facts["parameters"] = _short(sum(row["parameters"] for row in level_table(x)))
+    real = floor_name(x.config)
     for row in number_table(x):
-        value, floor = row["samples"], row["held out"]
+        value, floor = row["samples"], row[real]
         told = row["number"].startswith(("fd", "fid", "confidence")) and "infinity" not in row["number"]
         if told and None not in (value, floor):
-            facts[f"{row['number']} (held out {floor:.3g})"] = f"{value:.3g}"
+            facts[f"{row['number']} ({real} {floor:.3g})"] = f"{value:.3g}"
     return facts
 
 
@@ -284,15 +285,16 @@ def _numbers(x: Experiment) -> Section:
     section, made = Section("Numbers"), x.find(Ref("evaluation"))
     if made is None:
         return replace(section, missing=_missing("evaluation"))
-    info = made.info
+    info, real = made.info, floor_name(x.config)
+    against = TRAINING if real == HELD_OUT else "held-out"
     cards = {f"Metric card of {name}": flat(n["card"]) for name, n in info["metrics"].items() if n.get("card")}
     return replace(
         section,
         notes=[
             "Each number is named for the feature space that it was measured in. Beside it stands the same number of "
-            "real held-out images (held out), and of as many samples as these (matched): those two compare."
+            f"real images ({real}), and of as many samples as these (matched): those two compare."
         ],
-        tables={"Samples against training images": number_table(x)},
+        tables={f"Samples against {against} images": number_table(x)},
         folded={
             **({"What to know before believing them": _sentences(info["warnings"])} if info["warnings"] else {}),
             **cards,

@@ -281,6 +281,8 @@ def test_samples_follow_the_sweep_and_their_cards_say_so(swept: Experiment, tmp_
         assert origin["guidance"][str(m)] == found.guidance and origin["ema_decay"][str(m)] == found.sampled_decay
         assert origin["num_evaluations"][str(m)] == found.num_evaluations
         assert origin["noise_gamma"][str(m)] == found.noise_gamma
+    reported = importlib.import_module("nestdiff_core.stages.report")._levels(x).tables["The hierarchy, from the top"]
+    assert {row["level"]: row["guidance"] for row in reported} == {m: found.guidance for m, found in chosen.items()}
 
 
 def test_without_a_sweep_its_samples_are_refused_with_the_job(swept: Experiment) -> None:
