@@ -25,7 +25,7 @@ from nestdiff_core.recipes import load_experiment
 from nestdiff_core.tables import format_table
 
 OCTAVES = (0, 1, 3, 6, 10, 14, 18, 24, 32, 48, 64, 96, 128, 192, 256)  # sums of two frequencies; from here to the next
-SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the principal components, from the largest
+SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of the principal components, from the largest
 MOST_IMAGES = 10_000
 
 
