@@ -67,9 +67,9 @@ def build_evaluation(experiment: ExperimentConfig) -> dg.AssetsDefinition:
         "evaluation",
         kinds={"pytorch", "scikitlearn"},
         description=(
-            "Frechet distance, precision and recall of the samples against the training images, each named for "
+            "Frechet distance, precision and recall of the samples against real images, each named for "
             "the feature space it was "
-            "measured in and beside the same number for real images. Every number carries its metric "
+            "measured in and beside the same number for other real images. Every number carries its metric "
             "card (metrics.json); what the cards differ in from those of the materialisation before is shown."
         ),
         show=_show_evaluation,

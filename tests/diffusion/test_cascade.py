@@ -7,9 +7,7 @@ import pytest
 import torch
 from cascades import SAMPLERS, SHAPES, Seen, every_sampler, experiment, given, networks
 
-from nestdiff_core.config import (
-    ConditioningConfig,
-)
+from nestdiff_core.config import ConditioningConfig
 from nestdiff_core.diffusion import (
     make_schedule,
     sample_cascade,
