@@ -41,7 +41,7 @@ storm: ready ## Repeat the faults hundreds of times: kills, damage, fuzz
 	$(IN_VENV) python -m pytest -m slow --timeout=0 $(ARGS)
 
 reproduce-cifar10: ready ## Make the table of docs/results.md, on a CPU or a GPU; ARGS=--dry-run says how long it takes
-	$(IN_VENV) python -m scripts.reproduce_cifar10 $(ARGS)
+	$(IN_VENV) python -m scripts.reproduce $(ARGS)
 
 lock: ## Bring requirements.lock up to pyproject.toml with uv; ARGS=--upgrade takes newer versions
 	@$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \

@@ -22,7 +22,7 @@ FIRST = (
     "test_mirror.py",
     "test_loop.py",
     "faults/test_training.py",
-    "test_reproduce_cifar10.py",
+    "test_reproduce.py",
 )
 
 

@@ -18,13 +18,13 @@ from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.config_io import from_dict, to_dict
 from nestdiff_core.errors import ConfigError
 from nestdiff_core.files import fingerprint, read_json, write_json
-from nestdiff_core.recipes import cifar10, paper, starters
+from nestdiff_core.recipes import depth, paper, starters
 
 DEFAULT_EXPERIMENT = "digits"
 
 RECIPES: dict[str, Callable[[], ExperimentConfig]] = {
     **{f.__name__: f for f in (starters.toy, starters.digits, starters.images64, starters.images64_small)},
-    **cifar10.RECIPES,
+    **depth.RECIPES,
     **paper.RECIPES,
 }
 

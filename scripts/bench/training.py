@@ -21,7 +21,7 @@ from nestdiff_core.diffusion.schedule import DiscreteSchedule
 from nestdiff_core.models.nested import count_macs
 from nestdiff_core.models.uvit import UViT
 from nestdiff_core.precision import matrix_precision
-from nestdiff_core.recipes import cifar10
+from nestdiff_core.recipes.depth import CIFAR10_16PX
 from nestdiff_core.stores.reader import StoreReader
 from nestdiff_core.stores.writer import create_store, write_shard
 from nestdiff_core.training.ahead import Ahead
@@ -51,7 +51,7 @@ SMALL, MEDIUM, LARGE = (
 )
 ON_CPU = (
     Case("U-ViT-S/2", SMALL, 4, 1),
-    Case("CIFAR-10's L = 1", cifar10.SMALL.one, 32, 2, (3, 16, 16), cifar10.SMALL.patch_size),
+    Case("CIFAR-10's L = 1", CIFAR10_16PX.one, 32, 2, (3, 16, 16), CIFAR10_16PX.patch_size),
 )
 ON_GPU = (Case("U-ViT-S/2", SMALL, 256, 20), Case("U-ViT-M/2", MEDIUM, 256, 10), Case("U-ViT-L/2", LARGE, 128, 10))
 

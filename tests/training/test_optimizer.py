@@ -10,7 +10,7 @@ from small import config_with, make_batches, optimizer_slots, state_hash, traine
 
 from nestdiff_core.errors import NumericsError
 from nestdiff_core.models.nested import build_denoiser
-from nestdiff_core.recipes.cifar10 import ARMS, SMALL
+from nestdiff_core.recipes.depth import ARMS, CIFAR10_16PX
 from nestdiff_core.training.data import Batch, LatentBatches
 from nestdiff_core.training.optimizer import Muon, MuonAdamW, block_matrices, make_optimizer
 
@@ -24,7 +24,7 @@ def batches(tmp_path_factory: pytest.TempPathFactory) -> LatentBatches:
 
 def test_every_parameter_is_stepped_by_one_of_them() -> None:
     """Blocks' and fusion's matrices by Muon; positions, patches, read-out, biases and norms by AdamW; none by both."""
-    config = ARMS["l3"](SMALL)
+    config = ARMS["l3"](CIFAR10_16PX)
     model = build_denoiser(config, 2, 0)
     matrices = {id(p) for p in block_matrices(model)}
     named = {name for name, p in model.named_parameters() if id(p) in matrices}

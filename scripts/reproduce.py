@@ -1,12 +1,13 @@
-"""The table of docs/results.md: trains, samples and measures every arm that is not there yet, and writes it down.
+"""A table of docs/results.md: trains, samples and measures every arm that is not there yet, and writes it down.
 
-python -m scripts.reproduce_cifar10 --dry-run
-python -m scripts.reproduce_cifar10 --images data/cifar10 --encoder squeezenet1_0.safetensors --out results
-python -m scripts.reproduce_cifar10 --arms l1_class_guided l2_class_guided l3_class_guided --out results/class
+python -m scripts.reproduce --dry-run
+python -m scripts.reproduce --images data/cifar10 --encoder squeezenet1_0.safetensors --out results
+python -m scripts.reproduce --arms l1_class_guided l2_class_guided l3_class_guided --out results/class
+python -m scripts.reproduce --scale tinyimagenet20 --autoencoder data/taef2 --out results/tinyimagenet20
 
 Says first what is left to do and how long that takes here. Stopped, it goes on from the last checkpoint; what is there,
 of whatever run, is used. --images: WebDataset shards of two splits, as scripts/cifar10.py makes them from the public
-archive. The arms are recipes (nestdiff_core/recipes/cifar10.py), so Dagster runs them too, with the same artifacts:
+archive. The arms are recipes (nestdiff_core/recipes/depth.py), so Dagster runs them too, with the same artifacts:
 NESTDIFF_EXPERIMENT=experiments/cifar10.yaml dagster job execute -m pipelines.definitions -j quickstart
 """
 
@@ -34,7 +35,7 @@ from nestdiff_core.files import read_json, write_bytes, write_json
 from nestdiff_core.models.nested import build_denoiser, count_macs
 from nestdiff_core.progress import duration
 from nestdiff_core.recipes import load_experiment, save_experiment
-from nestdiff_core.recipes.cifar10 import ARMS, CLASS_ARMS, NUM_CLASSES, SCALES, judges
+from nestdiff_core.recipes.depth import ARMS, CLASS_ARMS, SCALES, Scale, judges
 from nestdiff_core.tables import format_table
 from nestdiff_core.training.estimate import estimate
 from scripts.figures import side_by_side
@@ -63,14 +64,17 @@ class Run:
 def runs(arguments: argparse.Namespace) -> list[Run]:
     """Seed by seed, so that a part of the table is useful already."""
     scale, folder = SCALES[arguments.scale], judges_folder(arguments)
-    images = arguments.images if "://" in arguments.images else str(Path(arguments.images).expanduser().absolute())
+    images = arguments.images or scale.images
+    images = images if "://" in images else str(Path(images).expanduser().absolute())
+    autoencoder = replace(scale.autoencoder, weights=arguments.autoencoder or scale.autoencoder.weights)
     found = []
     for seed in arguments.seeds:
         for arm in arguments.arms:
-            config = load_experiment(f"cifar10_{arguments.scale}_{arm}")
+            config = load_experiment(f"{scale.name}_{arm}")
             config = replace(
                 config,
                 images=replace(config.images, path=images),
+                autoencoder=autoencoder,
                 encoder=replace(config.encoder, weights=arguments.encoder),
                 evaluation=replace(config.evaluation, judges=judges(folder, scale)),
                 levels=tuple(replace(level, train=replace(level.train, seed=seed)) for level in config.levels),
@@ -136,13 +140,14 @@ def network(run: Run, level: int) -> tuple[str, int]:
     return run.arm.removesuffix("_contrast").removesuffix("_autoguided").removesuffix("_guided"), level
 
 
-def plan(todo: Sequence[Run], device: torch.device) -> list[Work]:
+def plan(todo: Sequence[Run], scale: str, device: torch.device) -> list[Work]:
     """What is left, printed with the hours that it takes here, from the rate of a few steps of level 1."""
     macs: dict[tuple[str, int], int] = {}
     for run in todo:
         for level in run.x.config.levels:
             if (key := network(run, level.level)) not in macs:
-                classes = NUM_CLASSES if run.x.config.conditioning.labels == "class" else 0
+                labelled = run.x.config.conditioning.labels == "class"
+                classes = SCALES[scale].num_classes if labelled else 0
                 macs[key] = count_macs(build_denoiser(run.x.config, level.level, classes))
     work = list(left(todo, macs))
     config = todo[0].x.config
@@ -170,15 +175,22 @@ def make(run: Run, device: str) -> int:
     return nestdiff(["run", str(file), *stages, "--device", device])
 
 
-def make_judges(run: Run, folder: Path, device: str) -> None:
+def make_judges(run: Run, scale: Scale, folder: Path, device: str) -> None:
     """Unless somebody has: those that are there are taken as they are, however long they were trained."""
     if (folder / "judges.json").is_file():
         return
     file = save_experiment(run.x.config, run.x.root)
-    options = ["--out", str(folder), "--seed", str(JUDGES_SEED), "--device", device]
-    if device.startswith("cuda"):
-        options += ["--epochs", "30", "--moco-epochs", "100", "--precision", "bfloat16"]
-    done = subprocess.run([sys.executable, "-m", "scripts.judges", str(file), *options], check=False)
+    options = {
+        "--out": folder,
+        "--seed": JUDGES_SEED,
+        "--device": device,
+        "--input-size": scale.judge_size,
+        "--epochs": scale.judge_epochs,
+        "--moco-epochs": scale.moco_epochs,
+        "--precision": "bfloat16" if device.startswith("cuda") else "float32",
+    }
+    words = [str(word) for option in options.items() for word in option]
+    done = subprocess.run([sys.executable, "-m", "scripts.judges", str(file), *words], check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
 
@@ -278,14 +290,17 @@ def pictures(done: Sequence[Run]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", default="data/cifar10", metavar="SHARDS", help="default: data/cifar10")
+    parser.add_argument("--images", metavar="SHARDS", help="default: data/cifar10, or data/tinyimagenet20")
     parser.add_argument(
         "--encoder", default="hub", metavar="FILE", help="SqueezeNet's weights (default: torchvision's)"
     )
     parser.add_argument(
+        "--autoencoder", default="", metavar="FOLDER", help="of tinyimagenet20: taef2's weights (default: data/taef2)"
+    )
+    parser.add_argument(
         "--judges", metavar="FOLDER", help="made there unless there are some; default: data/judges_SCALE"
     )
-    parser.add_argument("--scale", choices=SCALES, help="default: 32px where there is a GPU, else 16px")
+    parser.add_argument("--scale", choices=SCALES, help="default: cifar10_32px where there is a GPU, else cifar10_16px")
     parser.add_argument(
         "--arms", nargs="+", choices=ARMS | CLASS_ARMS, default=list(ARMS), help="default: all without class"
     )
@@ -302,12 +317,12 @@ def main() -> None:
 
 def reproduce(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
-    arguments.scale = arguments.scale or ("32px" if device.startswith("cuda") else "16px")
+    arguments.scale = arguments.scale or f"cifar10_{32 if device.startswith('cuda') else 16}px"
     todo = runs(arguments)
-    plan(todo, torch.device(device))
+    plan(todo, arguments.scale, torch.device(device))
     if arguments.dry_run:
         return 0
-    make_judges(todo[0], Path(judges_folder(arguments)).expanduser(), device)
+    make_judges(todo[0], SCALES[arguments.scale], Path(judges_folder(arguments)).expanduser(), device)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for i, run in enumerate(todo):
         print(f"\n{run.name} ({i + 1} of {len(todo)})", flush=True)

@@ -1,4 +1,4 @@
-"""What the CIFAR-10 table says is left to do."""
+"""What a table of docs/results.md says is left to do."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.files import read_json
 from nestdiff_core.models.nested import build_denoiser, count_macs
 from nestdiff_core.recipes import toy
-from scripts import reproduce_cifar10
-from scripts.reproduce_cifar10 import DISTANCES, NUMBERS, Run, curves, left, make, network, runs, write
+from scripts import reproduce
+from scripts.reproduce import DISTANCES, NUMBERS, Run, curves, left, make, network, runs, write
 
 
-def asked(*arms: str, seeds: tuple[int, ...] = (0,)) -> list[Run]:
+def asked(*arms: str, seeds: tuple[int, ...] = (0,), scale: str = "cifar10_16px") -> list[Run]:
     return runs(
-        argparse.Namespace(scale="16px", seeds=seeds, arms=arms, images="data/cifar10", encoder="hub", judges=None)
+        argparse.Namespace(scale=scale, seeds=seeds, arms=arms, images=None, encoder="hub", autoencoder="", judges=None)
     )
 
 
@@ -64,6 +64,16 @@ def test_a_seed_is_another_training_of_all_levels_and_of_nothing_else() -> None:
         assert getattr(first.x.config, part) == getattr(second.x.config, part)
 
 
+def test_another_set_of_images_brings_its_own_autoencoder_and_judges() -> None:
+    """Of tinyimagenet20 z_1 is a code; what CIFAR-10 is measured with does not change."""
+    (pixels,), (code,) = asked("l1"), asked("l1", scale="tinyimagenet20")
+    assert pixels.x.config.autoencoder.kind == "identity" and code.x.config.autoencoder.kind == "taef2"
+    for run, name, classes in ((pixels, "cifar10_16px", 10), (code, "tinyimagenet20", 20)):
+        classifier, moco = run.x.config.evaluation.judges
+        assert classifier.encoder.weights == f"data/judges_{name}/classifier.safetensors"
+        assert moco.encoder.weights == f"data/judges_{name}/moco" and classifier.num_classes == classes
+
+
 def test_the_table_is_there_from_its_first_row(tmp_path: Path) -> None:
     """Before any arm has conditions or a picture; real images have no errors; every number is under its own name."""
     numbers = dict(zip(NUMBERS, (1.0, 2.0, 3.0, 0.5, 0.6, 2.3), strict=True))
@@ -83,7 +93,7 @@ def test_the_table_is_there_from_its_first_row(tmp_path: Path) -> None:
 def test_curves_are_over_what_their_arm_has_cost(toy_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each level 1 once, with its condition and without, at 6 x MACs x images; other seeds are not drawn."""
     drawn: list[Any] = []
-    monkeypatch.setattr(reproduce_cifar10, "loss_curve", lambda x, curves, **about: drawn.append((x, curves)) or b"")
+    monkeypatch.setattr(reproduce, "loss_curve", lambda x, curves, **about: drawn.append((x, curves)) or b"")
     x = Experiment(toy(), toy_run.root)
     curves([Run("l2", 0, x), Run("l2_guided", 0, x), Run("l1", 1, x)])
     ((spent, losses),) = drawn

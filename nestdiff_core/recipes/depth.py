@@ -1,4 +1,4 @@
-"""CIFAR-10: does depth pay? Arms that get the same training FLOPs, at two scales (docs/results.md).
+"""Does depth pay? Arms that get the same training FLOPs, for each of a few sets of images (docs/results.md).
 
     l1        one network, no hierarchy
     l1_star   one network as large as the deepest system's together
@@ -23,6 +23,7 @@ from functools import partial
 from typing import Literal
 
 from nestdiff_core.config import (
+    AutoencoderConfig,
     ConditioningConfig,
     DiffusionConfig,
     EncoderConfig,
@@ -41,7 +42,6 @@ from nestdiff_core.config import (
 SHARES = {1: (1.0,), 2: (0.8, 0.2), 3: (0.8, 0.15, 0.05)}  # of an arm's FLOPs, from level 1 up
 GUIDANCE = (0.0, 0.5, 1.0, 2.0, 4.0)  # the weights that a guided arm's sweep tries
 CONTRAST = 1.2
-NUM_CLASSES = 10
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,21 @@ class Macs:
 
 @dataclass(frozen=True)
 class Scale:
-    """What one table is measured at; numbers of two scales are never compared. tflops: training of an arm."""
+    """What one table is measured at; numbers of two scales are never compared.
 
+    encoder_size: side in pixels at which SqueezeNet sees an image. judge_size, judge_epochs: the same of the classifier
+    that judges, and how long it is trained; moco_epochs: how long the other judge is.
+    tflops: training of an arm. batch_above: of the levels above 1, whose images are fewer tokens.
+    """
+
+    name: str
+    images: str  # where a recipe looks for them
     resolution: int
+    num_classes: int
+    encoder_size: int
+    judge_size: int
+    judge_epochs: int
+    moco_epochs: int
     patch_size: int
     one: UViTConfig
     star: UViTConfig
@@ -79,7 +91,8 @@ class Scale:
     macs: Macs
     class_macs: Macs  # of denoisers that are told the class
     train: TrainConfig
-    batch_above: int  # of the levels above 1, whose images are fewer tokens
+    batch_above: int
+    autoencoder: AutoencoderConfig
 
     def train_of(self, level: int, macs: float, share: float) -> TrainConfig:
         """As many steps as cost `share` of an arm's FLOPs."""
@@ -114,11 +127,19 @@ _TRAIN = TrainConfig(
     checkpoint_every=500,
     keep_every=500,
 )
+PIXELS = AutoencoderConfig()
 
 # Hours on two CPU cores with matrix units (AMX): 64 tokens of 2x2 pixels. Steps are few: what learns most from a few
 # thousand of them was searched on l1 (LOG.md, 2026-11-22).
-SMALL = Scale(
+CIFAR10_16PX = Scale(
+    name="cifar10_16px",
+    images="data/cifar10",
     resolution=16,
+    num_classes=10,
+    encoder_size=80,
+    judge_size=32,
+    judge_epochs=8,
+    moco_epochs=12,
     patch_size=2,
     one=_model(128, 6, 4),
     star=_model(160, 6, 4),
@@ -128,10 +149,18 @@ SMALL = Scale(
     class_macs=Macs(one=105.324, star=162.067, first=135.601, second=26.498, top_second=19.355, third=3.1654),
     train=_TRAIN,
     batch_above=128,
+    autoencoder=PIXELS,
 )
 # One large GPU: 256 tokens of 2x2 pixels. Its training is as short, in steps; its rate has not been searched.
-LARGE = Scale(
+CIFAR10_32PX = Scale(
+    name="cifar10_32px",
+    images="data/cifar10",
     resolution=32,
+    num_classes=10,
+    encoder_size=80,
+    judge_size=64,
+    judge_epochs=30,
+    moco_epochs=100,
     patch_size=2,
     one=_model(384, 12, 6),
     star=_model(456, 12, 6),
@@ -141,8 +170,31 @@ LARGE = Scale(
     class_macs=Macs(one=7058.3, star=9804.8, first=9225.7, second=598.17, top_second=449.34, third=74.432),
     train=replace(_TRAIN, batch_size=128, lr=3e-3, compile=True),
     batch_above=256,
+    autoencoder=PIXELS,
 )
-SCALES = {"16px": SMALL, "32px": LARGE}
+# Hours on two CPU cores: 64 tokens of an autoencoder's code, which leaves the finest detail to its decoder, and 10,000
+# images, which are seen sixteen times.
+TINYIMAGENET20 = Scale(
+    name="tinyimagenet20",
+    images="data/tinyimagenet20",
+    resolution=64,
+    num_classes=20,
+    encoder_size=144,
+    judge_size=64,
+    judge_epochs=15,
+    moco_epochs=30,
+    patch_size=1,
+    one=_model(128, 6, 4),
+    star=_model(160, 6, 4),
+    above=_model(128, 4, 4),
+    tflops=100.0,
+    macs=Macs(one=103.942, star=159.879, first=133.826, second=25.143, top_second=18.261, third=2.1105),
+    class_macs=Macs(one=105.651, star=162.477, first=135.929, second=26.498, top_second=19.355, third=3.1654),
+    train=_TRAIN,
+    batch_above=128,
+    autoencoder=AutoencoderConfig(kind="taef2", weights="data/taef2"),
+)
+SCALES = {scale.name: scale for scale in (CIFAR10_16PX, CIFAR10_32PX, TINYIMAGENET20)}
 
 
 def arm(
@@ -161,8 +213,9 @@ def arm(
         levels = tuple(replace(level, guide_step=_quarter(level.train)) for level in levels)
     guided = guide != "none"
     return ExperimentConfig(
-        images=ImagesConfig(source="webdataset", path="data/cifar10", resolution=scale.resolution, labels=True),
-        encoder=EncoderConfig(kind="torchvision", name="squeezenet1_0", weights="hub", input_size=80),
+        images=ImagesConfig(source="webdataset", path=scale.images, resolution=scale.resolution, labels=True),
+        autoencoder=scale.autoencoder,
+        encoder=EncoderConfig(kind="torchvision", name="squeezenet1_0", weights="hub", input_size=scale.encoder_size),
         levels=levels,
         conditioning=ConditioningConfig(levels="markov", injection="fusion", labels="class" if classes else "none"),
         diffusion=DiffusionConfig(prediction="v"),
@@ -177,7 +230,7 @@ def arm(
         ),
         evaluation=EvaluationConfig(
             extractors=("pixels",),
-            judges=judges(f"data/judges_{scale.resolution}px", scale),
+            judges=judges(f"data/judges_{scale.name}", scale),
             reference="held_out",
             resamples=100,
         ),
@@ -192,11 +245,11 @@ def judges(folder: str, scale: Scale) -> tuple[JudgeConfig, ...]:
         kind="torchvision",
         name="resnet18",
         layer="layer4",
-        input_size=2 * scale.resolution,
+        input_size=scale.judge_size,
         weights=f"{folder}/classifier.safetensors",
     )
     return (
-        JudgeConfig(name="classifier", num_classes=NUM_CLASSES, encoder=classifier, unit_length=True),
+        JudgeConfig(name="classifier", num_classes=scale.num_classes, encoder=classifier, unit_length=True),
         JudgeConfig(name="moco", encoder=EncoderConfig(kind="moco", weights=f"{folder}/moco")),
     )
 
@@ -247,7 +300,7 @@ def _recipe(name: str, make: Callable[[Scale], ExperimentConfig], scale: Scale) 
 
 
 RECIPES = {
-    (name := f"cifar10_{sides}_{short}"): partial(_recipe, name, make, scale)
-    for sides, scale in SCALES.items()
+    (name := f"{scale.name}_{short}"): partial(_recipe, name, make, scale)
+    for scale in SCALES.values()
     for short, make in (ARMS | CLASS_ARMS).items()
 }
