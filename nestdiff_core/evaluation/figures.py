@@ -212,30 +212,15 @@ def history_plot(
 def power_plot(
     sets: Mapping[str, Float[np.ndarray, " F"]], *, title: str = "Power over spatial frequency of the images"
 ) -> bytes:
-    """Radial power spectra (image_power) of sets of images, on a logarithmic axis; the first one is drawn strong."""
-    figure, axes = _panel(title, "cycles per image", "power", height=300)
+    """Spectra (power.frequency_power) of sets of images, on a logarithmic axis; the first one is drawn strong."""
+    figure, axes = _panel(title, "sum of both frequencies, half cycles per image (0: brightness)", "power", height=300)
     for colour, (place, (name, power)) in zip(COLOURS, enumerate(sets.items()), strict=False):
-        frequency = np.arange(1, len(power) + 1)
         style = {"linewidth": 2.6, "color": MUTED} if place == 0 else {"linewidth": 1.6, "color": colour}
-        axes.plot(frequency, power, marker="o", markersize=3.5, label=name, **style)
+        axes.plot(range(len(power)), power, marker="o", markersize=3.5, label=name, **style)
     _log_scale(axes)
-    if max(map(len, sets.values())) > 16:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     _legend(axes, "upper right")
     return _png(figure)
-
-
-def image_power(images: UInt8[np.ndarray, "N H W C"]) -> Float[np.ndarray, " F"]:
-    """Mean squared amplitude of square images in [0, 1] at 1, 2, ..., H // 2 cycles, averaged over directions."""
-    grey = images.mean(axis=3) / 255.0
-    power = (np.abs(np.fft.fft2(grey)) ** 2).mean(axis=0) / grey[0].size
-    frequency = np.fft.fftfreq(grey.shape[1]) * grey.shape[1]
-    ring = np.rint(np.hypot(frequency[:, None], frequency[None])).astype(int)
-    return np.array([power[ring == f].mean() for f in range(1, grey.shape[1] // 2 + 1)])
 
 
 def ladder_plot(distances: Mapping[int, float], *, title: str, xlabel: str, floor: tuple[str, float]) -> bytes:

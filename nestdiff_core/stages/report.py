@@ -18,7 +18,6 @@ from nestdiff_core.config_io import to_dict
 from nestdiff_core.evaluation.figures import (
     history_plot,
     image_grid,
-    image_power,
     ladder_plot,
     loss_curve,
     noise_level_curves,
@@ -30,6 +29,7 @@ from nestdiff_core.evaluation.ladder import level_table as latent_table
 from nestdiff_core.evaluation.neighbours import neighbour_table
 from nestdiff_core.evaluation.neighbours import verdicts as copy_verdicts
 from nestdiff_core.evaluation.page import Figure, Rows, Section, flat, render
+from nestdiff_core.evaluation.power import frequency_power
 from nestdiff_core.evaluation.samples import StoredSamples
 from nestdiff_core.evaluation.sweep import level_table as setting_table
 from nestdiff_core.evaluation.sweep import short_table, sweep_plots, verdict
@@ -379,8 +379,8 @@ def _spectra(x: Experiment) -> Section:
         sets = {"real, held out": _real(x, "held_out", COUNTED), "samples": _stored(made, "samples", COUNTED)}
         if (made.path / "without_conditions.npz").is_file():
             sets["level 1 alone"] = _stored(made, "without_conditions", COUNTED)
-        plot = power_plot({name: image_power(images) for name, images in sets.items()})
-        caption = "Radial power spectra: samples below the real line lack detail of that size, above it are too rough."
+        plot = power_plot({name: frequency_power(images) for name, images in sets.items()})
+        caption = "Power spectra: samples below the real line lack detail of that size, above it are too rough."
         figures.append(Figure(plot, caption))
     return Section("Spectra", notes=notes, figures=figures, abreast=2)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nestdiff_core.evaluation.figures import history_plot, image_grid, image_power, noise_level_curves, power_plot
+from nestdiff_core.evaluation.figures import history_plot, image_grid, noise_level_curves, power_plot
 from nestdiff_core.evaluation.page import Figure, Section, cell, flat, render
 
 HOSTILE = "<script>document.title='taken'</script><img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}"
@@ -55,17 +55,6 @@ def test_cells_are_short_and_never_nan() -> None:
     ]
     assert cell(float("inf")) == "inf"
     assert flat({"a": {"b": 1, "c": {}}}) == [{"field": "a.b", "value": "1"}, {"field": "a.c", "value": "{}"}]
-
-
-def test_a_wave_has_its_power_at_its_frequency() -> None:
-    """Stripes of three cycles: all power at 3, half the squared amplitude per pixel, summed over the two directions."""
-    x = np.arange(32)
-    wave = np.rint(127.5 + 100 * np.cos(2 * np.pi * 3 * x / 32)).astype(np.uint8)
-    power = image_power(np.broadcast_to(wave[None, None, :, None], (2, 32, 32, 1)))
-    assert len(power) == 16 and power.argmax() == 2
-    ring = 2 * np.pi * 3  # about as many frequencies lie on it, two of which hold the wave
-    assert power[2] == pytest.approx(32 * 32 * (100 / 255) ** 2 / 2 / ring, rel=0.35)
-    assert np.delete(power, 2).max() < 0.01 * power[2]
 
 
 def test_new_plots_are_small_pngs() -> None:
