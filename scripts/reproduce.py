@@ -42,6 +42,7 @@ from scripts.figures import side_by_side
 
 DISTANCES = ("fd_classifier", "fd_moco", "fd_pixels")
 NUMBERS = (*DISTANCES, "precision_classifier", "recall_classifier", "class_entropy_classifier")
+OWN = ("code_version", "origin", "samples_digest")  # fields of a card in which the rows of one table may differ
 QUARTERS = ("_t0.00", "_t0.25", "_t0.50", "_t0.75", "")
 JUDGES_SEED = 1000  # no arm's
 HISTORY = "history.json"
@@ -199,7 +200,7 @@ def make_judges(run: Run, scale: Scale, folder: Path, device: str) -> None:
 
 
 def row(run: Run) -> dict[str, Any]:
-    """The numbers of one row, with the bootstrap errors of the distances."""
+    """The numbers of one row, with the bootstrap errors of the distances and the metric cards."""
     x = run.x
     metrics, config = x.artifact(Ref("evaluation")).info["metrics"], loading.sampled_config(x)
     order = [level.level for level in reversed(config.levels) if config.can_be_guided(level.level)]
@@ -211,14 +212,15 @@ def row(run: Run) -> dict[str, Any]:
     told = {"arm": run.arm, "seed": str(run.seed), "w": " ".join(f"{config.level(m).guidance:g}" for m in order) or "-"}
     numbers = {name: metrics[name]["value"] for name in NUMBERS}
     errors = {name: metrics[name]["deviation"] for name in DISTANCES}
-    return {**told, "sampling_gmacs": macs / 1e9, **numbers, "errors": errors}
+    cards = {name: metrics[name]["card"] for name in NUMBERS}
+    return {**told, "sampling_gmacs": macs / 1e9, **numbers, "errors": errors, "cards": cards}
 
 
 def real(run: Run) -> dict[str, Any]:
     """As many training images in the place of samples (which the judges were trained on)."""
     metrics = run.x.artifact(Ref("evaluation")).info["metrics"]
     numbers = {name: metrics[name]["floor"] for name in NUMBERS}
-    return {"arm": "training images", "seed": "", "w": "", "sampling_gmacs": None, **numbers, "errors": {}}
+    return {"arm": "training images", "seed": "", "w": "", "sampling_gmacs": None, **numbers, "errors": {}, "cards": {}}
 
 
 def conditions(done: Sequence[Run]) -> list[dict[str, Any]]:
@@ -266,14 +268,39 @@ def curves(done: Sequence[Run]) -> bytes:
 
 def write(rows: Sequence[dict[str, Any]], told: Sequence[dict[str, Any]], panels: dict[str, Any], out: Path) -> None:
     """table.md, table.json and samples.png, of what there is so far."""
-    write_json(out / "table.json", {"rows": list(rows), "conditions": list(told)})
-    text = [format_table([_with_errors(row) for row in rows])]
+    shared, own = split_cards(rows)
+    numbers = [{key: value for key, value in row.items() if key != "cards"} for row in rows]
+    kept = [{**row, "card": card} for row, card in zip(numbers, own, strict=True)]
+    write_json(out / "table.json", {"rows": kept, "cards": shared, "conditions": list(told)})
+    text = [format_table([_with_errors(row) for row in numbers])]
+    unlike = [
+        {"arm": row["arm"], "seed": row["seed"], "differs in": " ".join(card["differs"])}
+        for row, card in zip(rows, own, strict=True)
+        if card["differs"]
+    ]
+    if unlike:
+        text += ["Measured otherwise than the first row, so not to be compared with it:", format_table(unlike)]
     if told:
         text += ["Share of the held-out loss that the condition takes off it:", format_table(list(told))]
     (out / "table.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     if panels:
         write_bytes(out / "samples.png", side_by_side(panels))
     print(text[0])
+
+
+def split_cards(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the cards of a table say: of each number once, and of each row what is its own; `differs` lists the fields
+    in which a row was measured otherwise than the first one that has cards, as NUMBER.FIELD."""
+    shared: dict[str, Any] = {}
+    own = []
+    for row in rows:
+        cards: dict[str, dict[str, Any]] = row["cards"]
+        common = {name: {k: v for k, v in card.items() if k not in OWN} for name, card in cards.items()}
+        shared = shared or common
+        differs = [f"{n}.{k}" for n in common for k in shared[n] if common[n].get(k) != shared[n][k]]
+        card = {k: v for k, v in cards[DISTANCES[0]].items() if k in OWN} if cards else {}
+        own.append({**card, "differs": differs})
+    return shared, own
 
 
 def _with_errors(row: dict[str, Any]) -> dict[str, Any]:

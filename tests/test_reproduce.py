@@ -78,16 +78,37 @@ def test_the_table_is_there_from_its_first_row(tmp_path: Path) -> None:
     """Before any arm has conditions or a picture; real images have no errors; every number is under its own name."""
     numbers = dict(zip(NUMBERS, (1.0, 2.0, 3.0, 0.5, 0.6, 2.3), strict=True))
     told = {"seed": "", "w": "", "sampling_gmacs": None}
-    real = {"arm": "training images", **told, **numbers, "errors": {}}
-    arm = {"arm": "l1", **told, **numbers, "errors": dict.fromkeys(DISTANCES, 0.25)}
+    real = {"arm": "training images", **told, **numbers, "errors": {}, "cards": {}}
+    cards = {name: {"metric": name, "num_samples": 8, "code_version": "a", "samples_digest": "1"} for name in NUMBERS}
+    arm = {"arm": "l1", **told, **numbers, "errors": dict.fromkeys(DISTANCES, 0.25), "cards": cards}
     write([real, arm], [], {}, tmp_path)
     header, _, first, second = (tmp_path / "table.md").read_text().splitlines()
     assert header.split()[-len(NUMBERS) :] == list(NUMBERS)
     assert first.split()[-6:] == ["1", "2", "3", "0.5", "0.6", "2.3"]
     assert "1.000 ± 0.250  2.000 ± 0.250  3.000 ± 0.250" in second
-    assert read_json(tmp_path / "table.json")["rows"] == [real, arm]
+    kept = read_json(tmp_path / "table.json")
+    for row, seen in zip((real, arm), kept["rows"], strict=True):
+        assert {**row, "card": seen["card"]} == {**seen, "cards": row["cards"]}
+    assert kept["cards"] == {name: {"metric": name, "num_samples": 8} for name in NUMBERS}
+    assert kept["rows"][1]["card"] == {"code_version": "a", "samples_digest": "1", "differs": []}
     write([real, arm], [{"arm": "l2", "level": 1, "all": 0.1}], {"l1": np.zeros((36, 8, 8, 3), np.uint8)}, tmp_path)
     assert "condition" in (tmp_path / "table.md").read_text() and (tmp_path / "samples.png").is_file()
+
+
+def test_a_row_that_was_measured_otherwise_says_so(tmp_path: Path) -> None:
+    """Other samples are what a table compares; another number of them is not."""
+    numbers = {"seed": "0", "w": "", "sampling_gmacs": None, **dict.fromkeys(NUMBERS, 1.0), "errors": {}}
+
+    def row(arm: str, **card: Any) -> dict[str, Any]:
+        cards = {name: {"num_samples": 8, "samples_digest": "1", **card} for name in NUMBERS}
+        return {"arm": arm, **numbers, "cards": cards}
+
+    write([row("l1"), row("l2", samples_digest="2"), row("l3", num_samples=4)], [], {}, tmp_path)
+    _, second, third = (seen["card"] for seen in read_json(tmp_path / "table.json")["rows"])
+    assert second == {"samples_digest": "2", "differs": []}
+    assert third["differs"] == [f"{name}.num_samples" for name in NUMBERS]
+    _, warning = (tmp_path / "table.md").read_text().split("Measured otherwise")
+    assert "l3" in warning and "fd_moco.num_samples" in warning and "l2" not in warning
 
 
 def test_curves_are_over_what_their_arm_has_cost(toy_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
