@@ -27,7 +27,7 @@ from nestdiff_core import loading
 from nestdiff_core.cli import main as nestdiff
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.devices import choose_device
-from nestdiff_core.errors import NestdiffError
+from nestdiff_core.errors import ConfigError, NestdiffError
 from nestdiff_core.evaluation.figures import loss_curve
 from nestdiff_core.evaluation.samples import load_samples
 from nestdiff_core.experiment import Experiment, Ref
@@ -39,6 +39,7 @@ from nestdiff_core.recipes.depth import ARMS, CLASS_ARMS, SCALES, Scale, judges
 from nestdiff_core.tables import format_table
 from nestdiff_core.training.estimate import estimate
 from scripts.figures import side_by_side
+from scripts.judges import CLASSIFIER, MOCO, RECORD
 
 DISTANCES = ("fd_classifier", "fd_moco", "fd_pixels")
 NUMBERS = (*DISTANCES, "precision_classifier", "recall_classifier", "class_entropy_classifier")
@@ -67,7 +68,9 @@ def runs(arguments: argparse.Namespace) -> list[Run]:
     scale, folder = SCALES[arguments.scale], judges_folder(arguments)
     images = arguments.images or scale.images
     images = images if "://" in images else str(Path(images).expanduser().absolute())
-    autoencoder = replace(scale.autoencoder, weights=arguments.autoencoder or scale.autoencoder.weights)
+    autoencoder = scale.autoencoder
+    if arguments.autoencoder and autoencoder.kind != "identity":
+        autoencoder = replace(autoencoder, weights=arguments.autoencoder)
     found = []
     for seed in arguments.seeds:
         for arm in arguments.arms:
@@ -177,8 +180,22 @@ def make(run: Run, device: str) -> int:
 
 
 def make_judges(run: Run, scale: Scale, folder: Path, device: str) -> None:
-    """Unless somebody has: those that are there are taken as they are, however long they were trained."""
-    if (folder / "judges.json").is_file():
+    """Unless somebody has: those that are there are taken as they are, however long they were trained.
+
+    Raises ConfigError where the classifier there is another one than the rows are judged by.
+    """
+    record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    if CLASSIFIER in record and (difference := _unlike(record[CLASSIFIER]["made_of"], run)) is not None:
+        key, expected, found = difference
+        raise ConfigError(
+            "The classifier in the folder of judges is not this table's",
+            path=folder / RECORD,
+            key=key,
+            expected=expected,
+            found=found,
+            fix="Name another folder with --judges, in which they are made.",
+        )
+    if {CLASSIFIER, MOCO} <= record.keys():
         return
     file = save_experiment(run.x.config, run.x.root)
     options = {
@@ -194,6 +211,17 @@ def make_judges(run: Run, scale: Scale, folder: Path, device: str) -> None:
     done = subprocess.run([sys.executable, "-m", "scripts.judges", str(file), *words], check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
+
+
+def _unlike(made_of: Mapping[str, Any], run: Run) -> tuple[str, Any, Any] | None:
+    """The first setting in which the classifier that was made is not the one that judges: key, wanted, found."""
+    judge = next(judge for judge in run.x.config.evaluation.judges if judge.name == CLASSIFIER)
+    images = run.x.find(Ref("images"))
+    wanted = {key: getattr(judge.encoder, key) for key in made_of["encoder"]} | {"num_classes": judge.num_classes}
+    found = {**made_of["encoder"], "num_classes": made_of["num_classes"]}
+    if images is not None:
+        wanted, found = wanted | {"images": images.digest}, found | {"images": made_of["images"]}
+    return next(((key, wanted[key], found[key]) for key in wanted if wanted[key] != found[key]), None)
 
 
 # --- what is written down ----------------------------------------------------------------------------------------

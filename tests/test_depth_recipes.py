@@ -50,8 +50,8 @@ def test_the_enlarged_network_is_as_large_as_the_deepest_system(scale: str) -> N
 
 @scales
 def test_arms_differ_in_depth_and_size_alone(scale: str) -> None:
-    """Images, judges, sampling and all of training but the number of steps are shared; levels above 1 have a batch of
-    their own and the schedule's noise levels. So is the order of images."""
+    """Images, judges, sampling and all of training but the number of steps are shared, and so is the order of images;
+    levels above 1 have a batch of their own and the schedule's noise levels. What is kept decides nothing."""
     one = arm(scale, "l1")
     for name in ARMS[1:]:
         config = arm(scale, name)
@@ -59,7 +59,8 @@ def test_arms_differ_in_depth_and_size_alone(scale: str) -> None:
             assert getattr(config, part) == getattr(one, part), part
         for level in config.levels:
             own = {} if level.level == 1 else {"batch_size": SCALES[scale].batch_above, "noise_levels": ()}
-            assert level.train == replace(one.level(1).train, num_steps=level.train.num_steps, **own)
+            own |= {key: getattr(level.train, key) for key in ("num_steps", "keep_every", "checkpoint_every")}
+            assert level.train == replace(one.level(1).train, **own)
     assert arm(scale, "l2").level(1) == arm(scale, "l3").level(1)
 
 
@@ -73,7 +74,8 @@ def test_arms_with_classes_are_told_the_class_and_nothing_else(scale: str) -> No
         assert [level.train for level in guided.levels] == [level.train for level in told.levels]
         for level in told.levels:
             own = plain.level(level.level)
-            train = replace(own.train, num_steps=level.train.num_steps)
+            kept = {key: getattr(level.train, key) for key in ("keep_every", "checkpoint_every")}
+            train = replace(own.train, num_steps=level.train.num_steps, **kept)
             assert level == replace(own, train=train) and train.num_steps < own.train.num_steps
 
 
@@ -90,6 +92,7 @@ def test_guided_arms_train_nothing_of_their_own(scale: str, name: str, guided: s
         steps, kept = level.train.num_steps, level.train.keep_every
         if guided.endswith("_autoguided"):
             assert level.guide_step in range(kept, steps, kept)
-            assert level.guide_step == kept or level.guide_step == pytest.approx(steps / 4, abs=kept / 2)
+            assert level.guide_step == pytest.approx(steps / 4, abs=kept / 2)
+            assert 0.15 < level.guide_step / steps < 0.4
         else:
             assert level.guide_step == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nestdiff_core.errors import ConfigError
 from nestdiff_core.experiment import Experiment, Ref
-from nestdiff_core.files import read_json
+from nestdiff_core.files import read_json, write_json
 from nestdiff_core.models.nested import build_denoiser, count_macs
 from nestdiff_core.recipes import toy
+from nestdiff_core.recipes.depth import SCALES
 from scripts import reproduce
-from scripts.reproduce import DISTANCES, NUMBERS, Run, curves, left, make, network, runs, write
+from scripts.reproduce import DISTANCES, NUMBERS, Run, curves, left, make, make_judges, network, runs, write
 
 
 def asked(*arms: str, seeds: tuple[int, ...] = (0,), scale: str = "cifar10_16px") -> list[Run]:
@@ -72,6 +75,34 @@ def test_another_set_of_images_brings_its_own_autoencoder_and_judges() -> None:
         classifier, moco = run.x.config.evaluation.judges
         assert classifier.encoder.weights == f"data/judges_{name}/classifier.safetensors"
         assert moco.encoder.weights == f"data/judges_{name}/moco" and classifier.num_classes == classes
+
+
+def test_judges_are_made_unless_both_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after the first, the same command goes on with the second."""
+    called: list[list[str]] = []
+    done = argparse.Namespace(returncode=0)
+    monkeypatch.setattr(reproduce.subprocess, "run", lambda words, **_: called.append(words) or done)
+    (run,), scale = asked("l1"), SCALES["cifar10_16px"]
+    encoder = {"kind": "torchvision", "name": "resnet18", "layer": "layer4", "input_size": 32}
+    classifier = {"made_of": {"encoder": encoder, "num_classes": 10, "images": "x"}}
+    for record, wanted in (({}, 1), ({"classifier": classifier}, 2), ({"classifier": classifier, "moco": {}}, 2)):
+        if record:
+            write_json(tmp_path / "judges.json", record)
+        make_judges(run, scale, tmp_path, "cpu")
+        assert len(called) == wanted
+    options = dict(itertools.pairwise(called[0]))
+    assert options["--input-size"] == "32" and options["--epochs"] == "8" and options["--out"] == str(tmp_path)
+
+
+def test_a_classifier_of_another_table_is_refused(tmp_path: Path) -> None:
+    """Shown images at half the size that it was trained at, it would judge all the same."""
+    (run,) = asked("l1", scale="tinyimagenet20")
+    encoder = {"kind": "torchvision", "name": "resnet18", "layer": "layer4", "input_size": 128}
+    classifier = {"made_of": {"encoder": encoder, "num_classes": 20, "images": "x"}}
+    write_json(tmp_path / "judges.json", {"classifier": classifier, "moco": {}})
+    with pytest.raises(ConfigError, match="not this table's") as refused:
+        make_judges(run, SCALES["tinyimagenet20"], tmp_path, "cpu")
+    assert (refused.value.key, refused.value.expected, refused.value.found) == ("input_size", 64, 128)
 
 
 def test_the_table_is_there_from_its_first_row(tmp_path: Path) -> None:

@@ -97,7 +97,9 @@ class Scale:
     def train_of(self, level: int, macs: float, share: float) -> TrainConfig:
         """As many steps as cost `share` of an arm's FLOPs."""
         train = self.train if level == 1 else replace(self.train, batch_size=self.batch_above, noise_levels=())
-        return replace(train, num_steps=round(share * self.tflops * 1e6 / (6.0 * macs * train.batch_size)))
+        steps = round(share * self.tflops * 1e6 / (6.0 * macs * train.batch_size))
+        kept = train.keep_every if steps >= 2 * train.keep_every else train.keep_every // 2  # for a guide's sake
+        return replace(train, num_steps=steps, keep_every=kept, checkpoint_every=kept)
 
 
 def _model(width: int, depth: int, num_heads: int) -> UViTConfig:
