@@ -46,6 +46,7 @@ from nestdiff_core.files import (
 from nestdiff_core.mirror import Mirror
 
 SCHEMA_VERSION = 2
+PREVIOUS = f"{TEMPORARY}previous"  # where the artifact that is there waits while it is written anew
 
 
 @cache
@@ -197,7 +198,7 @@ class ArtifactWriter:
         except IntegrityError:
             path.unlink(missing_ok=True)
             return None
-        if self.mirror is not None:
+        if self.mirror is not None and record["files"]:
             record = self.mirror.commit_part(self.path, name, record) if shared is None else record
             write_json(path, record)
         self._parts[name] = record
@@ -237,12 +238,12 @@ class ArtifactWriter:
         `beside` names what is kept there but is not part of the artifact's identity (a denoiser's checkpoints).
         """
         with environment_faults(self.path):
-            self._remove_temporaries()
+            self._remove_temporaries(but=PREVIOUS)  # which comes back if what follows fails
             fsync_tree(self.path)
         committed, files = self._part_files(), {}
         names = {path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if path.is_file()}
         for name in sorted(names | set(committed)):
-            if name.split("/")[0] not in (PARTS, LOCK, MANIFEST, *beside):
+            if name.split("/")[0] not in (PARTS, LOCK, MANIFEST, PREVIOUS, *beside):
                 files[name] = committed.get(name) or file_record(self.path / name)
         digest = fingerprint({name: record["sha256"] for name, record in files.items()})
         manifest = {**self.header, "digest": digest, "code_version": code_version(), "files": files, "info": info}
@@ -250,13 +251,16 @@ class ArtifactWriter:
             name: file_record(self.path / name) if (self.path / name).is_file() else None for name in beside
         }
         write_sealed_json(self.path / MANIFEST, manifest)
+        if (self.path / PREVIOUS).is_dir():
+            os.rename(self.path / PREVIOUS, gone := self.path / f"{TEMPORARY}gone")  # no half of it can come back
+            shutil.rmtree(gone, ignore_errors=True)
         return Artifact(self.path, manifest, self.mirror).shared(replace=self._remade)
 
-    def _remove_temporaries(self) -> None:
+    def _remove_temporaries(self, but: str = "") -> None:
         for path in list(self.path.rglob(f"{TEMPORARY}*")) + list(self.path.rglob("*.partial")):
-            if path.is_dir():
+            if path.is_dir() and path.name != but:
                 shutil.rmtree(path, ignore_errors=True)
-            else:
+            elif not path.is_dir():
                 path.unlink(missing_ok=True)
 
 
@@ -288,10 +292,11 @@ def writing(
             writer._remove_temporaries()
             yield writer
             return
-        previous = path / f"{TEMPORARY}previous"
+        previous = path / PREVIOUS
         if is_sealed(path):
+            shutil.rmtree(previous, ignore_errors=True)  # of somebody who was killed while it was made or removed
             previous.mkdir()
-            _move_children(path, previous)  # sealing removes it with the other temporary files
+            _move_children(path, previous)  # sealing removes it
         else:
             _remove_children(path)
         try:

@@ -155,6 +155,7 @@ def _watch_config(c: ExperimentConfig, level: int) -> dict[str, Any]:
     return {
         **config,
         "sampling": {k: v for k, v in config["sampling"].items() if k != "chosen_by"},
+        "space": c.evaluation.spaces[0],  # of the images' distance; statistics of several do not tell their order
         **deciding(c.watch),
     }
 

@@ -114,6 +114,28 @@ def test_a_failed_attempt_leaves_what_was_sealed(tmp_path: Path) -> None:
     assert {p.name for p in after.path.iterdir()} == {".lock", "manifest.json", "data", "y.bin"}
 
 
+def test_a_failure_while_sealing_leaves_what_was_sealed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fills up at the manifest; and what a killed writer left is no obstacle."""
+    before = make(tmp_path / "a")
+    (tmp_path / "a" / ".tmp-previous").mkdir()
+    (tmp_path / "a" / ".tmp-previous" / "data").write_bytes(b"of nobody")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("nestdiff_core.artifacts.write_sealed_json", full)
+        with pytest.raises(EnvironmentFault), writing(tmp_path / "a", HEADER) as writer:
+            (tmp_path / "a" / "y.bin").write_bytes(b"other")
+            writer.seal()
+    after = open_artifact(tmp_path / "a", stage="features")
+    assert after.manifest == before.manifest and after.verify() == 13
+    assert {p.name for p in after.path.iterdir()} == {".lock", "manifest.json", "data", "y.bin"}
+    again = make(tmp_path / "a")
+    assert again.digest == before.digest
+    assert {p.name for p in again.path.iterdir()} == {".lock", "manifest.json", "data", "y.bin"}
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     """replacing() is all or nothing, and leaves no litter."""
     path = tmp_path / "x"

@@ -108,6 +108,14 @@ def test_a_sweep_begins_no_new_history() -> None:
     assert Experiment(guided).config_hash(watched) != here
 
 
+def test_another_space_begins_another_history() -> None:
+    """The images' distance is that of the evaluation's first space."""
+    config = toy()
+    turned = replace(config, evaluation=replace(config.evaluation, extractors=config.evaluation.extractors[::-1]))
+    one, other = (Experiment(c).config_hash(Ref("watch")) for c in (config, turned))
+    assert one != other
+
+
 def test_a_history_that_somebody_has_edited_is_refused(x: Experiment) -> None:
     """A best that never was would make everything worse."""
     stages.train(x, 2, until_step=60)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nestdiff_core.errors import ConfigError, EnvironmentFault, IntegrityError
-from nestdiff_core.files import fingerprint, sha256_file
+from nestdiff_core.files import LOCK, fingerprint, sha256_file
 
 _CONTAINERS = ("state_dict", "model", "teacher")  # under which published files keep their weights
 _COUNTERS = "num_batches_tracked"  # of batch norm: old files lack it, and a frozen network never reads it
@@ -56,12 +56,17 @@ def read_weights(path: Path, *, where: str = "encoder") -> dict[str, Tensor]:
 
 
 def weights_digest(weights: str) -> str | None:
-    """Hash of what stands in a file or folder of weights; None for `random`, `hub`, and a path that is not there."""
+    """Hash of what stands in a file or folder of weights; None for `random`, `hub`, and a path that is not there.
+
+    A folder may be an artifact: who holds its lock says nothing about its weights.
+    """
     path = Path(weights).expanduser()
     if not weights or not path.exists():
         return None
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return fingerprint([[str(file.relative_to(path)), sha256_file(file)] for file in files if file.is_file()])
+    return fingerprint(
+        [[str(file.relative_to(path)), sha256_file(file)] for file in files if file.is_file() and file.name != LOCK]
+    )
 
 
 def fill(

@@ -11,6 +11,7 @@ from nestdiff_core.config import (
     ExperimentConfig,
     FeaturesConfig,
     ImagesConfig,
+    LadderConfig,
     LevelConfig,
     MoCoConfig,
     SamplingConfig,
@@ -146,15 +147,17 @@ def images64() -> ExperimentConfig:
 def images64_small() -> ExperimentConfig:
     """A first look at your own images on a CPU: images64 with small networks and few steps, about five minutes.
 
-    It shows that the images, labels and levels work; the samples are blurs. Predicts x: a token of 8x8x3 pixels is
-    wider than the network, which could not carry its noise.
+    It shows that the images, labels and levels work; the samples are colours and edges, no objects. Predicts x: a token
+    of 8x8x3 pixels is wider than the network, which could not carry its noise. Muon and Xavier: in the encoder's
+    space a Frechet distance of 2.4 on 10,000 photographs, with AdamW and N(0, .02) 7.9 (LOG.md, 2026-11-22).
     """
     full = images64()
-    model = UViTConfig(width=128, depth=4, num_heads=4, position_init="sincos")
+    model = UViTConfig(width=128, depth=4, num_heads=4, position_init="sincos", weight_init="xavier")
     train = TrainConfig(
         num_steps=600,
         batch_size=64,
-        lr=1e-3,
+        optimizer="muon",
+        lr=4e-3,
         lr_decay="cosine",
         beta2=0.99,
         warmup_steps=60,
@@ -178,4 +181,5 @@ def images64_small() -> ExperimentConfig:
         ),
         diffusion=DiffusionConfig(prediction="x"),
         sampling=replace(full.sampling, num_images=100, num_evaluations=20, batch_size=50),
+        ladder=LadderConfig(num_images=100),
     )

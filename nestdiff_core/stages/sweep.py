@@ -33,8 +33,9 @@ from nestdiff_core.evaluation.sweep import (
     with_settings,
 )
 from nestdiff_core.experiment import Experiment, Ref
-from nestdiff_core.files import write_json
+from nestdiff_core.files import fingerprint, write_json
 from nestdiff_core.latents.moments import Moments
+from nestdiff_core.precision import autocast
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stages.common import logger, reuse
 from nestdiff_core.stages.ladder import MAX_TRAINING, read_averaged
@@ -44,8 +45,8 @@ SEEDS_APART = 1  # the sweep's seed is so much larger than the samples'
 
 
 def sweep(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -> Artifact:
-    """All numbers in sweep.json, the short list's images in short_K.npz, and the chosen settings in chosen.json, where
-    `samples` finds them (sampling.chosen_by).
+    """All numbers in sweep.json, the short list's images in short_HASH.npz, and the chosen settings in chosen.json,
+    where `samples` finds them (sampling.chosen_by).
 
     A setting is committed once it is whole: a stopped sweep goes on at the next.
     """
@@ -97,7 +98,10 @@ class _Sweep:
         self._announce(tried)
 
     def _announce(self, tried: Mapping[int, Sequence[Setting]]) -> None:
-        """Say what is coming, and how long it will take."""
+        """Say what is coming, and how long it will take, once it is sure that every guide is there."""
+        for level, found in tried.items():
+            if self.config.level(level).guide_step and any(setting.guidance for setting in found):
+                loading.open_guide(self.x, level)
         batches = -(-self.num // self.config.sampling.batch_size)
         seconds = {level: self._seconds(level) * batches for level in tried}
         cost = {m: [seconds[m] * passes(self.config, m, setting) for setting in found] for m, found in tried.items()}
@@ -115,7 +119,7 @@ class _Sweep:
         """Of one pass of a level's network over a batch."""
         denoiser = self.cascade(level, configured(self.config)[level]).denoisers[level]
         inputs = denoiser.example_inputs(self.config.sampling.batch_size, self.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast(self.config.sampling.precision, torch.device(self.device)):
             denoiser(*inputs).sum().item()  # warms up
             begun = time.monotonic()
             denoiser(*inputs).sum().item()
@@ -159,7 +163,7 @@ class _Sweep:
     def images(self, compared: Mapping[str, Mapping[int, Setting]]) -> tuple[Mapping[int, Setting], dict[str, Any]]:
         """The setting whose images are best, and the record of all that were compared."""
         self.total += len(compared) - self.config.sweep.short_list
-        files = {name: f"short_{k}.npz" for k, name in enumerate(compared)}
+        files = {name: f"short_{fingerprint(to_plain(settings))[:8]}.npz" for name, settings in compared.items()}
         for name, settings in compared.items():
             if self.writer.part(files[name]) is None:
                 self._sample(settings, files[name])
@@ -216,7 +220,7 @@ class _Sweep:
             z[level] = self._latents(level, settings[level], z)
         pictures = self.cascade(1, settings[1]).images(range(self.num), z[1])
         save_samples(self.writer.path / file, pictures)
-        self.writer.commit_part(file, [self.writer.path / file])
+        self.writer.commit_part(file, [self.writer.path / file], source=file)
 
     def _within(self, done: int, total: int, what: str, **numbers: float) -> None:
         self._progress(self.finished * self.num + min(done, self.num - 1), self.total * self.num, "sweep")

@@ -19,7 +19,9 @@ from nestdiff_core.encoders.code import code_encoder
 from nestdiff_core.encoders.convnet import torchvision_encoder, torchvision_network
 from nestdiff_core.encoders.extract import extract_features
 from nestdiff_core.encoders.moco import pixel_statistics, train_moco, training_batches
+from nestdiff_core.encoders.weights import weights_digest
 from nestdiff_core.errors import ConfigError, IntegrityError
+from nestdiff_core.files import DirectoryLock
 from nestdiff_core.images.build import build_images
 from nestdiff_core.images.index import ImageIndex
 
@@ -140,3 +142,13 @@ def test_the_autoencoder_must_be_given(index: ImageIndex, tmp_path: Path) -> Non
     """Kind autoencoder without one is the caller's mistake, told as such."""
     with pytest.raises(ConfigError, match="needs the experiment's autoencoder"), writing(tmp_path / "a", HEADER) as w:
         build_encoder(CODE, index, w)
+
+
+def test_weights_are_the_same_whoever_has_locked_their_folder(tmp_path: Path) -> None:
+    """A judge's folder is an artifact: gc locks it, and a copy leaves the lock behind."""
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    before = weights_digest(str(tmp_path))
+    with DirectoryLock(tmp_path, stage="encoder"):
+        assert weights_digest(str(tmp_path)) == before
+    (tmp_path / "model.safetensors").write_bytes(b"others")
+    assert weights_digest(str(tmp_path)) != before

@@ -326,6 +326,20 @@ def test_a_stopped_sweep_goes_on_at_the_next_setting(swept: Experiment, monkeypa
     assert len(asked) <= before[0] - done + 1  # the top level's best once more
 
 
+def test_a_missing_guide_is_refused_before_anything_is_sampled(
+    swept: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the last level to be swept, too: what is above it takes hours."""
+    first, second = swept.config.levels
+    train = replace(first.train, keep_every=5, checkpoint_every=5)  # not so when it was trained
+    kept = replace(first, guide_step=5, train=train)
+    x = Experiment(replace(swept.config, levels=(kept, second)), swept.root)
+    monkeypatch.setattr(stage._Sweep, "_latents", lambda *_: pytest.fail("sampled"))
+    with pytest.raises(IntegrityError, match="as they were at step 5") as caught:
+        stages.sweep(x)
+    assert caught.value.level == 1
+
+
 def test_raw_weights_are_those_of_the_last_checkpoint(swept: Experiment) -> None:
     """Decay 0 is what training left; without its checkpoint that is said."""
     path = swept.artifact(Ref("denoiser", 1)).path

@@ -1,5 +1,6 @@
 """Machines that share artifacts through object storage: what one has made no other makes again, and nothing mixes."""
 
+import importlib
 import io
 import json
 import shutil
@@ -20,7 +21,7 @@ from zarr.storage import ObjectStore
 from nestdiff_core import loading, mirror, stages
 from nestdiff_core.artifacts import Artifact
 from nestdiff_core.cli import main
-from nestdiff_core.config import EncoderConfig, ExperimentConfig, ImagesConfig, WatchConfig
+from nestdiff_core.config import EncoderConfig, ExperimentConfig, ImagesConfig, SweepConfig, WatchConfig
 from nestdiff_core.encoders import extract
 from nestdiff_core.errors import IntegrityError
 from nestdiff_core.evaluation.features import extract_all
@@ -31,6 +32,7 @@ from nestdiff_core.stages.reference import extractors, open_statistics
 from nestdiff_core.stages.watch import history
 
 FEATURES = Ref("features")
+sweeps = importlib.import_module("nestdiff_core.stages.sweep")  # `stages.sweep` is the function
 
 
 class Machines:
@@ -326,6 +328,37 @@ def test_two_machines_watch_into_one_history(machines: Machines, toy_run: Any) -
     stages.train(b, 2, until_step=18)
     made = stages.watch(b)
     assert made is not None and history(b) == history(a) and made.info["newest"]["2"]["step"] == 18
+
+
+def test_a_stopped_sweep_goes_on(machines: Machines, toy_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it was stopped, and on another machine; numbers of levels, which have no files, are no obstacle."""
+    sampling = replace(toy().sampling, num_evaluations=2)
+    settings = SweepConfig(guidance=(0.0, 1.0), num_images=8, short_list=2)
+    config = replace(toy(), sweep=settings, sampling=sampling)
+    a, b = machines("a", config), machines("b", config)
+    made = ("images", "encoder", "features", "moments", "svd_basis", "latents", "denoiser")
+    for x in (a, b):
+        for name in made:
+            shutil.copytree(toy_run.root / name, x.root / name)
+    sampled: list[str] = []
+    sample = sweeps._Sweep._sample
+
+    def stopping(self: Any, settings: Any, file: str) -> None:
+        if len(sampled) == 1:
+            raise KeyboardInterrupt
+        sample(self, settings, file)
+        sampled.append(file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sweeps._Sweep, "_sample", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            stages.sweep(a)
+    monkeypatch.setattr(sweeps._Sweep, "_sample", lambda self, s, file: (sampled.append(file), sample(self, s, file)))
+    done = stages.sweep(b)
+    assert len(set(sampled)) == len(sampled) == 2
+    assert stages.sweep(a).digest == done.digest and len(sampled) == 2
+    shutil.rmtree(done.path)
+    assert b.artifact(Ref("sweep")).digest == done.digest
 
 
 def test_what_was_made_before_is_put_there(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
