@@ -47,7 +47,7 @@ OWN = ("code_version", "origin", "samples_digest")  # fields of a card in which 
 QUARTERS = ("_t0.00", "_t0.25", "_t0.50", "_t0.75", "")
 JUDGES_SEED = 1000  # no arm's
 HISTORY = "history.json"
-SHOWN = ("l1", "l1_autoguided", "l2_autoguided", "l3_autoguided")  # in the picture, of the first seed
+SHOWN = ("l1", "l1_autoguided", "l2_autoguided", "l3_autoguided"), ("l1", "l2", "l3")  # side by side, one or the other
 
 
 @dataclass(frozen=True)
@@ -338,9 +338,10 @@ def _with_errors(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def pictures(done: Sequence[Run]) -> dict[str, Any]:
-    """The same seeds side by side, of the first training seed."""
+    """The same seeds side by side, of the first training seed: of the arms in SHOWN of which more are done."""
     first = {run.arm: run.x for run in done if run.seed == done[0].seed}
-    return {a: load_samples(first[a].artifact(Ref("samples")).path / "samples.npz")[:36] for a in SHOWN if a in first}
+    shown = max(([arm for arm in arms if arm in first] for arms in SHOWN), key=len)
+    return {arm: load_samples(first[arm].artifact(Ref("samples")).path / "samples.npz")[:36] for arm in shown}
 
 
 def main() -> None:
