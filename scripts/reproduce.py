@@ -144,18 +144,21 @@ def network(run: Run, level: int) -> tuple[str, int]:
     return run.arm.removesuffix("_contrast").removesuffix("_autoguided").removesuffix("_guided"), level
 
 
-def plan(todo: Sequence[Run], scale: str, device: torch.device) -> list[Work]:
+def plan(todo: Sequence[Run], scale: Scale, device: torch.device) -> list[Work]:
     """What is left, printed with the hours that it takes here, from the rate of a few steps of level 1."""
     macs: dict[tuple[str, int], int] = {}
+
+    def told(run: Run) -> int:
+        """Number of the classes that its denoisers are told."""
+        return scale.num_classes if run.x.config.conditioning.labels == "class" else 0
+
     for run in todo:
         for level in run.x.config.levels:
             if (key := network(run, level.level)) not in macs:
-                labelled = run.x.config.conditioning.labels == "class"
-                classes = SCALES[scale].num_classes if labelled else 0
-                macs[key] = count_macs(build_denoiser(run.x.config, level.level, classes))
+                macs[key] = count_macs(build_denoiser(run.x.config, level.level, told(run)))
     work = list(left(todo, macs))
     config = todo[0].x.config
-    one = estimate(config, 1, device=device)
+    one = estimate(config, 1, device=device, num_classes=told(todo[0]))
     rate = 6e-12 * one.macs * config.level(1).train.batch_size / one.seconds_per_step
     rows = [{"left": w.what, "TFLOP": w.tflops, "here": duration(w.tflops / rate)} for w in work]
     total = sum(w.tflops for w in work)
@@ -374,11 +377,11 @@ def main() -> None:
 def reproduce(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     arguments.scale = arguments.scale or f"cifar10_{32 if device.startswith('cuda') else 16}px"
-    todo = runs(arguments)
-    plan(todo, arguments.scale, torch.device(device))
+    todo, scale = runs(arguments), SCALES[arguments.scale]
+    plan(todo, scale, torch.device(device))
     if arguments.dry_run:
         return 0
-    make_judges(todo[0], SCALES[arguments.scale], Path(judges_folder(arguments)).expanduser(), device)
+    make_judges(todo[0], scale, Path(judges_folder(arguments)).expanduser(), device)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for i, run in enumerate(todo):
         print(f"\n{run.name} ({i + 1} of {len(todo)})", flush=True)

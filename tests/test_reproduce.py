@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from nestdiff_core.errors import ConfigError
 from nestdiff_core.experiment import Experiment, Ref
@@ -18,7 +19,7 @@ from nestdiff_core.models.nested import build_denoiser, count_macs
 from nestdiff_core.recipes import toy
 from nestdiff_core.recipes.depth import SCALES
 from scripts import reproduce
-from scripts.reproduce import DISTANCES, NUMBERS, Run, curves, left, make, make_judges, network, runs, write
+from scripts.reproduce import DISTANCES, NUMBERS, Run, curves, left, make, make_judges, network, plan, runs, write
 
 
 def asked(*arms: str, seeds: tuple[int, ...] = (0,), scale: str = "cifar10_16px") -> list[Run]:
@@ -57,6 +58,14 @@ def test_arms_that_share_a_network_train_it_once() -> None:
     # 10,000 images, 25 evaluations of 103.6 million MACs; a guide is asked as often as what it guides
     assert sampled["l1, seed 0, samples"] == pytest.approx(2 * 25 * 103.635e6 * 10_000 / 1e12, rel=1e-3)
     assert sampled["l1_autoguided, seed 0, samples"] == 2 * sampled["l1, seed 0, samples"]
+
+
+@pytest.mark.parametrize("arm", ["l1", "l1_class_guided"])
+def test_how_long_it_takes_is_said_before_anything_is_made(arm: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also of arms that are told the class, of images that nobody has looked at."""
+    work = plan(asked(arm), SCALES["cifar10_16px"], torch.device("cpu"))
+    assert work[0].tflops == pytest.approx(100, rel=0.01)
+    assert "TFLOP/s of training, measured now" in capsys.readouterr().out
 
 
 def test_a_seed_is_another_training_of_all_levels_and_of_nothing_else() -> None:
