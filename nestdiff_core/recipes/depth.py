@@ -176,7 +176,8 @@ CIFAR10_32PX = Scale(
 )
 # Hours on two CPU cores: 64 tokens of an autoencoder's code, which leaves the finest detail to its decoder, and 10,000
 # images, which are seen sixteen times.
-TINYIMAGENET20 = Scale(
+TINYIMAGENET20 = replace(
+    CIFAR10_16PX,  # the same networks
     name="tinyimagenet20",
     images="data/tinyimagenet20",
     resolution=64,
@@ -186,14 +187,9 @@ TINYIMAGENET20 = Scale(
     judge_epochs=15,
     moco_epochs=30,
     patch_size=1,
-    one=_model(128, 6, 4),
-    star=_model(160, 6, 4),
-    above=_model(128, 4, 4),
-    tflops=100.0,
     macs=Macs(one=103.942, star=159.879, first=133.826, second=25.143, top_second=18.261, third=2.1105),
     class_macs=Macs(one=105.651, star=162.477, first=135.929, second=26.498, top_second=19.355, third=3.1654),
-    train=replace(_TRAIN, noise_levels=()),  # no better at any N(mean, 1.4) of four (LOG.md)
-    batch_above=128,
+    train=replace(_TRAIN, noise_levels=()),  # no better at any N(mean, 1.4) of three (LOG.md)
     autoencoder=AutoencoderConfig(kind="taef2", weights="data/taef2"),
 )
 SCALES = {scale.name: scale for scale in (CIFAR10_16PX, CIFAR10_32PX, TINYIMAGENET20)}
