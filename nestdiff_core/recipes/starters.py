@@ -145,7 +145,7 @@ def images64() -> ExperimentConfig:
 
 
 def images64_small() -> ExperimentConfig:
-    """A first look at your own images on a CPU: images64 with small networks and few steps, about five minutes.
+    """A first look at your own images on a CPU: images64 with small networks and few steps, in minutes.
 
     It shows that the images, labels and levels work; the samples are colours and edges, no objects. Predicts x: a token
     of 8x8x3 pixels is wider than the network, which could not carry its noise. Muon and Xavier: in the encoder's
