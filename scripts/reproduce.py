@@ -34,7 +34,7 @@ from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.files import read_json, write_bytes, write_json
 from nestdiff_core.models.nested import build_denoiser, count_macs
 from nestdiff_core.progress import duration
-from nestdiff_core.recipes import load_experiment, save_experiment
+from nestdiff_core.recipes import save_experiment
 from nestdiff_core.recipes.depth import ARMS, CLASS_ARMS, SCALES, Scale, judges
 from nestdiff_core.tables import format_table
 from nestdiff_core.training.estimate import estimate
@@ -65,7 +65,7 @@ class Run:
 
 def runs(arguments: argparse.Namespace) -> list[Run]:
     """Seed by seed, so that a part of the table is useful already."""
-    scale, folder = SCALES[arguments.scale], judges_folder(arguments)
+    scale, folder = scale_of(arguments), judges_folder(arguments)
     images = arguments.images or scale.images
     images = images if "://" in images else str(Path(images).expanduser().absolute())
     autoencoder = scale.autoencoder
@@ -74,7 +74,7 @@ def runs(arguments: argparse.Namespace) -> list[Run]:
     found = []
     for seed in arguments.seeds:
         for arm in arguments.arms:
-            config = load_experiment(f"{scale.name}_{arm}")
+            config = (ARMS | CLASS_ARMS)[arm](scale)
             config = replace(
                 config,
                 images=replace(config.images, path=images),
@@ -82,10 +82,18 @@ def runs(arguments: argparse.Namespace) -> list[Run]:
                 encoder=replace(config.encoder, weights=arguments.encoder),
                 evaluation=replace(config.evaluation, judges=judges(folder, scale)),
                 levels=tuple(replace(level, train=replace(level.train, seed=seed)) for level in config.levels),
-                name=config.name if seed == 0 else f"{config.name}_seed{seed}",
+                name=f"{scale.name}_{arm}" + (f"_seed{seed}" if seed else ""),
             )
             found.append(Run(arm, seed, Experiment(config)))
     return found
+
+
+def scale_of(arguments: argparse.Namespace) -> Scale:
+    """The scale asked for, its arms trained for as long as was asked for."""
+    scale = SCALES[arguments.scale]
+    if arguments.tflops is None:
+        return scale
+    return replace(scale, name=f"{scale.name}_{arguments.tflops:g}tflop", tflops=arguments.tflops)
 
 
 def judges_folder(arguments: argparse.Namespace) -> str:
@@ -360,6 +368,7 @@ def main() -> None:
         "--judges", metavar="FOLDER", help="made there unless there are some; default: data/judges_SCALE"
     )
     parser.add_argument("--scale", choices=SCALES, help="default: cifar10_32px where there is a GPU, else cifar10_16px")
+    parser.add_argument("--tflops", type=float, metavar="N", help="training of an arm; default: the scale's")
     parser.add_argument(
         "--arms", nargs="+", choices=ARMS | CLASS_ARMS, default=list(ARMS), help="default: all without class"
     )
@@ -377,7 +386,7 @@ def main() -> None:
 def reproduce(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     arguments.scale = arguments.scale or f"cifar10_{32 if device.startswith('cuda') else 16}px"
-    todo, scale = runs(arguments), SCALES[arguments.scale]
+    todo, scale = runs(arguments), scale_of(arguments)
     plan(todo, scale, torch.device(device))
     if arguments.dry_run:
         return 0

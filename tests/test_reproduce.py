@@ -22,10 +22,11 @@ from scripts import reproduce
 from scripts.reproduce import DISTANCES, NUMBERS, Run, curves, left, make, make_judges, network, plan, runs, write
 
 
-def asked(*arms: str, seeds: tuple[int, ...] = (0,), scale: str = "cifar10_16px") -> list[Run]:
-    return runs(
-        argparse.Namespace(scale=scale, seeds=seeds, arms=arms, images=None, encoder="hub", autoencoder="", judges=None)
-    )
+def asked(
+    *arms: str, seeds: tuple[int, ...] = (0,), scale: str = "cifar10_16px", tflops: float | None = None
+) -> list[Run]:
+    told = {"images": None, "encoder": "hub", "autoencoder": "", "judges": None}
+    return runs(argparse.Namespace(scale=scale, tflops=tflops, seeds=seeds, arms=arms, **told))
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +75,18 @@ def test_a_seed_is_another_training_of_all_levels_and_of_nothing_else() -> None:
     assert first.x.config.name != second.x.config.name
     for part in ("images", "encoder", "sampling", "evaluation"):
         assert getattr(first.x.config, part) == getattr(second.x.config, part)
+
+
+def test_a_longer_training_changes_nothing_else() -> None:
+    """Not the judges that were made for the scale either."""
+    for arm in ("l2_autoguided", "l2_class"):
+        (usual,), (longer,) = asked(arm), asked(arm, tflops=400.0)
+        for before, after in zip(usual.x.config.levels, longer.x.config.levels, strict=True):
+            assert after.train.num_steps == pytest.approx(4 * before.train.num_steps, rel=1e-3)
+            assert (after.guide_step or 0) == pytest.approx((after.train.num_steps / 4) * (arm != "l2_class"), rel=0.1)
+        assert longer.x.config.evaluation == usual.x.config.evaluation
+        assert longer.x.config.name == f"cifar10_16px_400tflop_{arm}"
+        assert longer.x.config_hash(Ref("features")) == usual.x.config_hash(Ref("features"))
 
 
 def test_another_set_of_images_brings_its_own_autoencoder_and_judges() -> None:
