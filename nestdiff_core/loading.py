@@ -374,18 +374,17 @@ class Cascade:
 
     def told(self, image_index: int) -> dict[str, Any]:
         """What image number `image_index` is told to be: its label or its caption, or nothing."""
-        if classes := num_classes(self.x.config, self._index):
-            return {"label": image_index % classes}
+        if num_classes(self.x.config, self._index):
+            return {"label": int(self._class_of([image_index])[0])}
         if self.x.config.conditioning.labels != "text":
             return {}
         [row] = self._caption_rows([image_index]).tolist()
         return {"caption": self._index.captions(slice(row, row + 1))[0][0]}
 
     def _labels(self, indices: list[int]) -> Tensor | None:
-        """Class i mod num_classes (N,), or the first caption of held-out image i mod their number as tokens (N, T, W),
-        or None."""
-        if classes := num_classes(self.x.config, self._index):
-            return torch.tensor([i % classes for i in indices])
+        """Class (N,), or the first caption of held-out image i mod their number as tokens (N, T, W), or None."""
+        if num_classes(self.x.config, self._index):
+            return torch.from_numpy(self._class_of(indices))
         return self._labels_of(self._caption_rows(indices)) if self.x.config.conditioning.labels == "text" else None
 
     def _labels_of(self, rows: Int64[np.ndarray, " N"]) -> Tensor | None:
@@ -395,6 +394,11 @@ class Cascade:
         if self.x.config.conditioning.labels != "text":
             return None
         return torch.from_numpy(open_features(self.x, TOKENS, Ref("text")).read(rows, np.zeros_like(rows))).float()
+
+    def _class_of(self, indices: list[int]) -> Int64[np.ndarray, " N"]:
+        """Class number i mod their number, of those that were trained on: labels may begin at 1 or leave some out."""
+        seen = np.unique(self._index.labels[self._index.rows("train")])
+        return seen[np.asarray(indices, np.int64) % len(seen)]
 
     def _caption_rows(self, indices: list[int]) -> np.ndarray:
         held_out = self._index.rows("held_out")
@@ -414,7 +418,7 @@ def generate(
     """Latents z_l (N, C, H, W) of every level, sampled from the top down; see `diffusion.sample_cascade`.
 
     image_indices: which images; image i depends on (seed, i) only, what it is told to be included: class
-    i mod num_classes, or the first caption of held-out image i mod their number. given: latents of levels that are not
+    i mod their number, or the first caption of held-out image i mod their number. given: latents of levels that are not
     sampled. null_conditions: withhold every condition. Opens the denoisers every time; `Cascade` opens them once.
     """
     levels = [level for level in range(1, x.config.num_levels + 1) if level not in (given or {})]

@@ -27,7 +27,7 @@ from nestdiff_core.config import ImagesConfig
 from nestdiff_core.errors import InputError
 from nestdiff_core.files import file_record, fingerprint, replacing, write_json
 from nestdiff_core.images.decoding import Failure, Picture, decoders
-from nestdiff_core.images.index import CLASSES, INDEX, REJECTS, SCHEMA, SHARDS, SPLITS
+from nestdiff_core.images.index import CLASSES, INDEX, PIXELS, REJECTS, SCHEMA, SHARDS, SPLITS
 from nestdiff_core.images.sources import TOY_IMAGES, Digits, Folder, Reject, Sample, Shards, shard_cache
 from nestdiff_core.progress import Progress, silent
 
@@ -100,6 +100,8 @@ def _build_shards(source: Shards, config: ImagesConfig, path: Path, progress: Pr
                     ledger.add_shard(local, images, [image.sample.row for image in images], place=file.place)
     if damaged:
         raise _together(damaged, len(source.files))
+    # The shards stay as they are: what is decoded from them belongs to the index, or others would pass for the same.
+    write_json(path / PIXELS, {"resolution": config.resolution, "channels": config.channels})
     return ledger.finish([str(number) for number in range(1 + max(ledger.labels))])
 
 
@@ -286,16 +288,19 @@ class _Ledger:
             )
 
     def _fill_splits(self) -> None:
-        """A split that came out empty gets the image that is nearest to it."""
-        empty = [split for split in SPLITS if not self._splits[split]]
-        if not empty:
+        """A split with fewer than two images, of which no distribution can be had, gets those that are nearest to it;
+        one is enough where the source names the splits, or has fewer than four images."""
+        least = 1 if self._named_splits else min(2, self._counts["kept"] // 2)
+        short = next((split for split in SPLITS if self._splits[split] < least), None)
+        if short is None:
             return
         table = pq.read_table(self.path / INDEX)
         fractions = [split_fraction(self.config.split_seed, key) for key in table.column("key").to_pylist()]
-        row = int(np.argmin(fractions) if empty == ["held_out"] else np.argmax(fractions))
+        nearest = np.argsort(fractions)[:: 1 if short == "held_out" else -1]
         splits = table.column("split").to_pylist()
-        self._splits.update({splits[row]: -1, empty[0]: 1})
-        splits[row] = empty[0]
+        for row in [row for row in nearest if splits[row] != short][: least - self._splits[short]]:
+            self._splits.update({splits[row]: -1, short: 1})
+            splits[row] = short
         with replacing(self.path / INDEX) as temporary:
             pq.write_table(
                 table.set_column(SCHEMA.get_field_index("split"), SCHEMA.field("split"), [splits]), temporary

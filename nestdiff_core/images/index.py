@@ -32,6 +32,7 @@ from nestdiff_core.images.sources import fetch_shard, image_member, shard_cache
 from nestdiff_core.remote import is_url
 
 INDEX, SHARDS, CLASSES, REJECTS = "index.parquet", "shards.json", "classes.json", "rejects.jsonl"
+PIXELS = "pixels.json"  # what a user's shards are decoded to
 SPLITS = ("train", "held_out")
 SCHEMA = pa.schema(
     [("key", pa.string()), ("shard", pa.int32()), ("row", pa.int32()), ("split", pa.string()), ("label", pa.int32()),

@@ -133,6 +133,20 @@ def test_shards_are_indexed_where_they_lie(build: Build, tmp_path: Path) -> None
     assert not (artifact.path / "shards").exists()
 
 
+@pytest.mark.parametrize("source", ["folder", "webdataset"])
+def test_other_pixels_are_another_index(build: Build, tmp_path: Path, source: str) -> None:
+    """Of shards that are read where they lie too: what is made from it is addressed by its digest."""
+    images = samples([str(i) for i in range(8)])
+    tar(tmp_path / "webdataset/0.tar", images)
+    folder(tmp_path / "folder", {name: data for name, data in images.items() if name.endswith(".png")})
+    settings = ({}, {"resolution": 16}, {"channels": 3}, {})
+    one, larger, colour, again = (
+        build(str(i), source=source, path=str(tmp_path / source), **changed).digest
+        for i, changed in enumerate(settings)
+    )
+    assert one == again and len({one, larger, colour}) == 3
+
+
 def test_braces_and_stars_name_shards(build: Build, tmp_path: Path) -> None:
     """The two usual ways to name shards, and a shard of the braces that is not there."""
     for i in range(3):
@@ -296,6 +310,16 @@ def test_no_split_is_empty(build: Build, tmp_path: Path, fraction: float) -> Non
     artifact = build(source="folder", path=str(root), held_out_fraction=fraction)
     assert sorted(ImageIndex(artifact).splits) == ["held_out", "train"]
     assert artifact.info["train"] == artifact.info["held_out"] == 1
+
+
+@pytest.mark.parametrize("fraction", [0.0001, 0.9999])
+def test_a_split_has_a_distribution(build: Build, tmp_path: Path, fraction: float) -> None:
+    """Of one image there is none: two go where the fraction leaves fewer, those that would go there first."""
+    root = folder(tmp_path / "data", {f"{i}.png": png(i) for i in range(9)})
+    index = ImageIndex(build(source="folder", path=str(root), held_out_fraction=fraction))
+    few = "held_out" if fraction < 0.5 else "train"
+    nearest = sorted(index.keys, key=lambda key: split_fraction(0, key), reverse=few == "train")[:2]
+    assert {key for key, split in zip(index.keys, index.splits, strict=True) if split == few} == set(nearest)
 
 
 # --- reading ------------------------------------------------------------------------------------------------------

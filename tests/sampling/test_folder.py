@@ -203,6 +203,18 @@ def test_a_conditional_cascade_tells_what_it_was_told(x: Experiment, monkeypatch
     assert cascade.told(13) == {"label": 3}
 
 
+def test_a_class_that_has_no_images_is_not_asked_for(x: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels that begin at 1, or leave some out, or are held out only: nothing was learnt of the others."""
+    cascade = loading.Cascade(x, levels=[])
+    monkeypatch.setattr(loading, "num_classes", lambda *_: 8)
+    index = cascade._index
+    labels = 1 + 2 * (index.labels % 3)
+    labels[index.rows("held_out")] = 7
+    monkeypatch.setitem(vars(index), "labels", labels)
+    assert [cascade.told(i)["label"] for i in range(4)] == [1, 3, 5, 1]
+    assert cascade._labels([5, 7]).tolist() == [5, 3]
+
+
 def test_one_file_is_the_shards_together(x: Experiment, tmp_path: Path) -> None:
     """An .npz has the images and their numbers, and its shards are gone."""
     assert sampling.write_npz_file(x, tmp_path / "one.npz", seed=5, num_images=20, shard_size=8) == 20
