@@ -12,8 +12,9 @@ import pytest
 from nestdiff_core.cleaning import find_litter, remove
 from nestdiff_core.cli import main
 from nestdiff_core.cli.digest import experiment_digests
+from nestdiff_core.config import EncoderConfig, JudgeConfig
 from nestdiff_core.experiment import Experiment, Ref
-from nestdiff_core.files import DirectoryLock
+from nestdiff_core.files import DirectoryLock, read_json, write_json
 from nestdiff_core.recipes import toy
 
 
@@ -63,6 +64,8 @@ def test_only_unused_artifacts_go_with_keep(made: Experiment) -> None:
     """Another experiment's samples go; what the kept one has, or has begun, stays."""
     other = Experiment(replace(toy(), sampling=replace(toy().sampling, seed=7)), made.root)
     shutil.copytree(made.path(Ref("samples")), other.path(Ref("samples")))
+    manifest = other.path(Ref("samples")) / "manifest.json"
+    write_json(manifest, {**read_json(manifest), "config": other.stage_config(Ref("samples"))})
     begun = Experiment(replace(toy(), levels=(toy().level(1), replace(toy().level(2), condition_noise=0.1))), made.root)
     (begun.path(Ref("denoiser", 1)) / "checkpoints").mkdir(parents=True)
     with DirectoryLock(begun.path(Ref("denoiser", 1))):
@@ -72,3 +75,25 @@ def test_only_unused_artifacts_go_with_keep(made: Experiment) -> None:
     remove(unused[0])
     assert not other.path(Ref("samples")).exists() and made.artifact(Ref("samples")).verify() > 0
     assert begun.path(Ref("denoiser", 1)).is_dir()
+
+
+def test_what_an_input_is_missing_for_stays(made: Experiment) -> None:
+    """While features are made again nobody can tell what lies below them; once they are there it is valid as before."""
+    features = made.artifact(Ref("features")).path
+    manifest = (features / "manifest.json").read_bytes()
+    (features / "manifest.json").unlink()
+    assert list(find_litter(made.root, [made])) == []
+    (features / "manifest.json").write_bytes(manifest)
+    assert made.artifact(Ref("denoiser", 1)).verify() > 0
+
+
+def test_what_a_setting_names_stays(made: Experiment) -> None:
+    """A judge may be another experiment's encoder, given by its path."""
+    judge = made.artifact(Ref("encoder")).path
+    config = replace(toy(), images=replace(toy().images, resolution=16), encoder=replace(toy().encoder, mean=(0.4,)))
+    named = EncoderConfig(kind="moco", weights=str(judge))
+    judged = replace(config.evaluation, judges=(JudgeConfig(name="other", encoder=named),))
+    for evaluation, kept in ((config.evaluation, False), (judged, True)):
+        x = Experiment(replace(config, evaluation=evaluation), made.root)
+        gone = {litter.path for litter in find_litter(made.root, [x])}
+        assert made.artifact(Ref("images")).path in gone and (judge not in gone) == kept
