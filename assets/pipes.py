@@ -1,37 +1,76 @@
 """What a trainer says while it runs, as events of its asset: numbers to plot, and the refusal that it ended with."""
 
+import json
 import math
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import dagster as dg
-from dagster_pipes import PipesParams
+from dagster_pipes import PipesDefaultMessageWriter, PipesParams
 
 RETRIES, RETRY_SECONDS = 2, 10  # of a trainer that was killed
+POLL_SECONDS = 0.05
 
 
 class TrainerMessages(dg.PipesMessageReader):
     """Reads what `nestdiff_core.cli.train` writes: log lines go to the run's log, numbers become observations of the
     asset, which the UI plots while the run goes on. For one launch; `refusal` is why the trainer refused, once it has.
+
+    Dagster's own reader takes a line that is still being written for a whole one and reads nothing after it, so that a
+    run falls silent and a refusal passes for a trainer that was killed.
     """
 
     def __init__(self, context: dg.AssetExecutionContext, path: Path | None = None) -> None:
         """path: of the file that messages go through, for a trainer on another machine."""
         self.context, self.refusal = context, None
-        self._reader = dg.PipesTempFileMessageReader() if path is None else dg.PipesFileMessageReader(str(path))
+        self._path = path
 
     @contextmanager
     def read_messages(self, handler: dg.PipesMessageHandler) -> Iterator[PipesParams]:
-        with self._reader.read_messages(_Live(handler, self)) as parameters:  # pyright: ignore[reportArgumentType]
-            yield parameters
-
-    def on_launched(self, launched_payload: dg.PipesLaunchedData) -> None:
-        self._reader.on_launched(launched_payload)
+        with tempfile.TemporaryDirectory() as folder:
+            path, ended = self._path or Path(folder) / "messages.jsonl", Event()
+            path.write_bytes(b"")
+            reading = Thread(target=self._read, args=(path, handler, ended), daemon=True)
+            reading.start()
+            try:
+                yield {PipesDefaultMessageWriter.FILE_PATH_KEY: str(path)}
+            finally:
+                ended.set()
+                reading.join()
+                path.unlink(missing_ok=True)
 
     def no_messages_debug_text(self) -> str:
-        return self._reader.no_messages_debug_text()
+        return "The trainer writes them to a file."
+
+    def _read(self, path: Path, handler: dg.PipesMessageHandler, ended: Event) -> None:
+        """Until the session has ended and nothing more comes; a message that cannot be read costs itself alone."""
+        with path.open("rb") as file:
+            line = b""
+            while True:
+                last = ended.is_set()
+                line += (piece := file.readline())
+                if line.endswith(b"\n"):
+                    try:
+                        self._hand_on(json.loads(line), handler)
+                    except Exception:  # whatever it is, the thread goes on
+                        handler.report_pipes_framework_exception("a message of the trainer", sys.exc_info())
+                    line = b""
+                elif not piece:
+                    if last:
+                        return
+                    ended.wait(POLL_SECONDS)
+
+    def _hand_on(self, message: Any, handler: dg.PipesMessageHandler) -> None:
+        """Messages of our own are not for Dagster's handler, which would keep them until the end."""
+        if message.get("method") == "report_custom_message":
+            self.receive(message["params"]["payload"])
+        else:
+            handler.handle_message(message)
 
     def receive(self, message: dict[str, Any]) -> None:
         """One message of our own, from the thread that reads them."""
@@ -60,19 +99,3 @@ class TrainerMessages(dg.PipesMessageReader):
 def _short(value: float) -> float:
     """To six digits: the log of a run shows every number in full."""
     return value if isinstance(value, int) else float(f"{value:.6g}")
-
-
-class _Live:
-    """Dagster's handler, but for messages of our own: it would keep those until the end."""
-
-    def __init__(self, handler: dg.PipesMessageHandler, reader: TrainerMessages) -> None:
-        self._handler, self._reader = handler, reader
-
-    def handle_message(self, message: Any) -> None:
-        if message.get("method") == "report_custom_message":
-            self._reader.receive(message["params"]["payload"])
-        else:
-            self._handler.handle_message(message)
-
-    def report_pipes_framework_exception(self, origin: str, exc_info: Any) -> None:
-        self._handler.report_pipes_framework_exception(origin, exc_info)
