@@ -54,7 +54,8 @@ def build_jobs(config: ExperimentConfig) -> dict[str, UnresolvedAssetJobDefiniti
         job(
             "watch",
             "Judge the newest weights of each level, while they train or afterwards; write the report.",
-            [*keys("reference"), asset_key(config, Ref("watch")), *keys("report")],
+            # Nothing of a pool, or it would wait for the training that it looks at; it makes the reference itself.
+            [asset_key(config, Ref("watch")), *keys("report")],
         ),
     ]
     if config.sweep.anything:

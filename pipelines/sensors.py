@@ -11,9 +11,11 @@ from dagster._core.definitions.unresolved_asset_job_definition import Unresolved
 from assets.config import asset_key
 from nestdiff_core.config import ExperimentConfig
 from nestdiff_core.experiment import Experiment, Ref
+from pipelines.jobs import ENCODE
 from pipelines.recover import recover
 
 WEIGHTS = "nestdiff/weights"  # tag of a run: the denoisers that it evaluates
+SOURCE = "nestdiff/source"  # tag of a run: the images that it encodes
 ATTEMPTS = 3
 UNFINISHED = [
     dg.DagsterRunStatus.QUEUED,
@@ -39,6 +41,10 @@ def build_sensors(
     ]
 
 
+def _failures(instance: dg.DagsterInstance, tag: str, value: str) -> int:
+    return instance.get_runs_count(dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], tags={tag: value}))
+
+
 def _dead_runs() -> dg.SensorDefinition:
     @dg.sensor(
         name="dead_runs",
@@ -60,21 +66,30 @@ def _new_images(config: ExperimentConfig, encode: UnresolvedAssetJobDefinition) 
         minimum_interval_seconds=300,
         default_status=dg.DefaultSensorStatus.STOPPED,
         description=(
-            "Indexes and encodes when files of the source have come, gone or changed: new image shards become new "
-            "partitions, and only these are encoded. Bases and denoisers are not refitted by themselves. Off until "
-            "switched on."
+            "Indexes and encodes when files of the source have come, gone or changed, or are indexed and not encoded "
+            "yet: new image shards become new partitions, and only these are encoded. Bases and denoisers are not "
+            "refitted by themselves. A failed run is tried again twice. Off until switched on."
         ),
     )
     def new_images(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         from nestdiff_core.images.build import source_listing
 
-        made = Experiment(config).find(Ref("images"))
-        if made is None:
+        x = Experiment(config)
+        indexed = x.find(Ref("images"))
+        if indexed is None:
             return dg.SkipReason("The images have not been indexed yet")
         listing = source_listing(config.images)
-        if listing == made.info["source_listing"]:
+        made = [x.find(ref) for ref in x.refs() if ref.stage in ENCODE]
+        encoded = all(a is not None and a.info.get("images", indexed.digest) == indexed.digest for a in made)
+        if encoded and listing == indexed.info["source_listing"]:
             return dg.SkipReason("The source is as it was")
-        return dg.RunRequest(run_key=listing)
+        if context.instance.get_runs(dg.RunsFilter(job_name=encode.name, statuses=UNFINISHED), limit=1):
+            return dg.SkipReason("Images are being encoded")
+        # No run key, which is used once: a source may come back to what it was.
+        source = hashlib.sha256(f"{indexed.digest} {listing}".encode()).hexdigest()
+        if _failures(context.instance, SOURCE, source) >= ATTEMPTS:
+            return dg.SkipReason(f"Encoding these images has failed {ATTEMPTS} times")
+        return dg.RunRequest(tags={SOURCE: source})
 
     return new_images
 
@@ -137,8 +152,7 @@ def _new_denoiser_evaluation(config: ExperimentConfig, evaluate: UnresolvedAsset
         if busy := [run.job_name for run in running if run.job_name.startswith(("train_", "quickstart", "search_"))]:
             return dg.SkipReason(f"{busy[0]} is running")
         weights = hashlib.sha256(" ".join(versions).encode()).hexdigest()
-        failed = dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE], tags={WEIGHTS: weights})
-        attempt = context.instance.get_runs_count(failed) + 1
+        attempt = _failures(context.instance, WEIGHTS, weights) + 1
         if attempt > ATTEMPTS:
             return dg.SkipReason(f"The evaluation of these weights has failed {ATTEMPTS} times")
         # A run key is used once, so the same set of weights is evaluated once.

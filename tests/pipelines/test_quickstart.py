@@ -17,6 +17,7 @@ from dagster._core.loader import LoadingContextForTest
 from PIL import Image
 
 from assets.config import asset_key
+from nestdiff_core import stages
 from nestdiff_core.cli.digest import experiment_digests
 from nestdiff_core.config import EvaluationConfig, ExperimentConfig, ImagesConfig
 from nestdiff_core.evaluation.samples import load_samples
@@ -290,7 +291,19 @@ def test_a_changed_source_is_noticed_loses_partitions_and_a_rechecked_one_makes_
             for i in range(8, 12):
                 (pictures / f"{i:02d}.png").unlink()
             asked = sensor(context)
-            assert isinstance(asked, dg.RunRequest) and asked.run_key == sensor(context).run_key
+            assert isinstance(asked, dg.RunRequest)
+            run = instance.add_run(dg.DagsterRun("encode_images", tags=asked.tags, status=dg.DagsterRunStatus.STARTED))
+            assert isinstance(sensor(context), dg.SkipReason)  # it is being seen to
+            instance.report_run_canceled(run)
+            assert sensor(context).run_key is None  # or what was asked for once would never be again
+            stages.images(Experiment(config))
+            unfinished = sensor(context)  # indexed, and not encoded
+            assert isinstance(unfinished, dg.RunRequest) and unfinished.tags != asked.tags
+            for _ in range(3):
+                failed = dg.DagsterRun("encode_images", tags=unfinished.tags, status=dg.DagsterRunStatus.FAILURE)
+                instance.add_run(failed)
+            given_up = sensor(context)
+            assert isinstance(given_up, dg.SkipReason) and "failed 3 times" in str(given_up.skip_message)
         assert build.execute_in_process(instance=instance).success
         assert set(instance.get_dynamic_partitions("own_image_shards")) == {"00000", "00001"}
         every = definitions.resolve_implicit_global_asset_job_def()

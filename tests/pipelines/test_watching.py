@@ -101,12 +101,14 @@ def test_the_sensor_asks_for_new_weights_once_and_one_run_at_a_time(x: Experimen
 
 
 def test_a_night_without_numbers_is_seen_and_training_is_not_waited_for() -> None:
-    """The schedule runs the job; a freshness policy of days; no pool, since training holds the only slot of its own."""
+    """The schedule runs the job; a freshness policy of days; no step is in a pool, since training holds the only slot
+    of its own."""
     definitions = build_definitions(toy())
     repository = definitions.get_repository_def()
     assert repository.get_schedule_def("nightly_evaluation").job_name == "watch"
     policy = definitions.resolve_asset_graph().get(WATCH).freshness_policy
     assert isinstance(policy, TimeWindowFreshnessPolicy)
     assert policy.fail_window.to_timedelta() == timedelta(hours=50)
-    assert definitions.resolve_assets_def(WATCH).op.pool is None
+    pools = {step.name: getattr(step, "pool", None) for step in definitions.resolve_job_def("watch").all_node_defs}
+    assert {"watch_newest", "report"} <= pools.keys() and set(pools.values()) == {None}
     assert definitions.resolve_assets_def(dg.AssetKey(["toy", "denoiser_level_1"])).op.pool == "gpu"
