@@ -171,9 +171,13 @@ def open_artifact(path: Path, *, stage: str, expected: str | None = None, mirror
 class ArtifactWriter:
     """Collects an artifact's files and seals it. Use through `writing`."""
 
-    def __init__(self, path: Path, header: dict[str, Any], mirror: Mirror | None = None) -> None:
+    def __init__(
+        self, path: Path, header: dict[str, Any], mirror: Mirror | None = None, *, remade: bool | None = None
+    ) -> None:
+        """remade: whether what object storage holds is to be replaced, as it is not what it was; None: if it is there
+        already."""
         self.path, self.header, self.mirror = path, header, mirror
-        self._remade = mirror is not None and mirror.published(path) is not None  # on purpose: it is not what it was
+        self._remade = mirror is not None and mirror.published(path) is not None if remade is None else remade
         self._parts: dict[str, dict[str, Any]] = {}  # records of the parts that are whole
 
     def part(self, name: str) -> dict[str, Any] | None:
@@ -271,12 +275,14 @@ def writing(
     *,
     keep_parts: bool = False,
     mirror: Mirror | None = None,
+    remade: bool | None = None,
     check: Callable[[], object] | None = None,
 ) -> Iterator[ArtifactWriter]:
     """Write an artifact at `path` under its lock: to be sealed within the block, or what was there before comes back.
 
     header: stage, level, fingerprint, config, inputs. With `keep_parts` the files of an earlier attempt stay where
     they are, for a stage that continues; what was sealed is unsealed meanwhile. mirror: where it is put as well.
+    remade: as of `ArtifactWriter`.
     check: called under the lock before anything is touched; what it raises ends the attempt.
     """
     with (
@@ -286,7 +292,7 @@ def writing(
     ):
         if check is not None:
             check()
-        writer = ArtifactWriter(path, {"schema_version": SCHEMA_VERSION, **header}, mirror)
+        writer = ArtifactWriter(path, {"schema_version": SCHEMA_VERSION, **header}, mirror, remade=remade)
         if keep_parts:
             (path / MANIFEST).unlink(missing_ok=True)
             writer._remove_temporaries()

@@ -138,11 +138,13 @@ class Experiment:
         taken away from who has begun to read it.
         """
         path = self.path(ref)
+        looked = path in self._seen
+        seen = self._seen.pop(path, None)
 
         def check() -> None:
-            if path not in self._seen:
+            if not looked:
                 return
-            seen, now = self._seen.pop(path), None
+            now = None
             if is_sealed(path):
                 now = read_json(path / MANIFEST, stage=ref.stage).get("digest")
             if now is not None and now != seen:
@@ -154,7 +156,8 @@ class Experiment:
                     fix="Run the same command again: it goes on from there.",
                 )
 
-        return writing(path, self.header(ref), keep_parts=keep_parts, mirror=self.mirror, check=check)
+        remade = seen is not None if looked else None  # what has come to object storage since is another's, and stays
+        return writing(path, self.header(ref), keep_parts=keep_parts, mirror=self.mirror, remade=remade, check=check)
 
     def artifact(self, ref: Ref, *, _known: Known | None = None) -> Artifact:
         """The sealed artifact; else an IntegrityError: what is missing, what differs from the nearest one, the cure."""

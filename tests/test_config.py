@@ -158,6 +158,12 @@ def test_image_path_is_relative_to_the_file(tmp_path: Path) -> None:
     assert load_experiment(path).images.path == str(tmp_path / "photos")
 
 
+def test_a_url_is_relative_to_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "remote.yaml"
+    path.write_text("recipe: images64_small\nimages: {source: webdataset, path: 's3://bucket/train-{00..12}.tar'}\n")
+    assert load_experiment(path).images.path == "s3://bucket/train-{00..12}.tar"
+
+
 def test_conditions_of_a_level() -> None:
     """all_above lists every level above from the top; markov only the next one; the top has none."""
     config = dataclasses.replace(toy(), levels=(*toy().levels, LevelConfig(level=3, grid=1, channels=4)))

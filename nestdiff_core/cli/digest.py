@@ -112,20 +112,20 @@ def _hash_store(artifact: Artifact) -> str:
 
 
 def _denoiser(name: str, path: Path | None) -> dict[str, str | None]:
-    """Digests of the newest checkpoint's full state and of the exported averages."""
+    """Digests of the exported averages and of the newest checkpoint's full state, None where there is none."""
     if path is None:
         return {f"{name}_{part}": None for part in ("model", "ema", "optimizer", "losses")}
     from nestdiff_core.training.report import MEASURED
 
-    newest = sorted((path / "checkpoints").glob("step_*"))[-1]
-    history = json.loads((newest / "state.json").read_text())["history"]
+    newest = max((path / "checkpoints").glob("step_*"), default=None)  # stays on the machine that trained
+    history = json.loads((path / "history.json").read_text())
     losses = [{k: v for k, v in line.items() if k not in MEASURED} for line in history]
     averages = sorted(path.glob("ema_*.safetensors"))
     more: dict[str, str | None] = {f"{name}_{file.stem}": _hash_tensors(file) for file in averages}
     return more | {
-        f"{name}_model": _hash_tensors(newest / "model.safetensors"),
+        f"{name}_model": None if newest is None else _hash_tensors(newest / "model.safetensors"),
         f"{name}_ema": _hash_tensors(path / "ema.safetensors"),
-        f"{name}_optimizer": _hash_tensors(newest / "optimizer.safetensors"),
+        f"{name}_optimizer": None if newest is None else _hash_tensors(newest / "optimizer.safetensors"),
         f"{name}_losses": _hash_plain(losses),
     }
 

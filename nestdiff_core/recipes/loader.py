@@ -19,6 +19,7 @@ from nestdiff_core.config_io import from_dict, to_dict
 from nestdiff_core.errors import ConfigError
 from nestdiff_core.files import fingerprint, read_json, write_json
 from nestdiff_core.recipes import depth, paper, starters
+from nestdiff_core.remote import is_url
 
 DEFAULT_EXPERIMENT = "digits"
 
@@ -106,7 +107,7 @@ def _load_file(path: Path) -> ExperimentConfig:
         error.path = str(path)
         raise
     images = config.images
-    if images.path and not Path(images.path).expanduser().is_absolute():
+    if images.path and not is_url(images.path) and not Path(images.path).expanduser().is_absolute():
         images = replace(images, path=str(path.resolve().parent / images.path))
     return replace(config, images=images)
 

@@ -21,6 +21,7 @@ from zarr.storage import ObjectStore
 from nestdiff_core import loading, mirror, stages
 from nestdiff_core.artifacts import Artifact
 from nestdiff_core.cli import main
+from nestdiff_core.cli.digest import experiment_digests
 from nestdiff_core.config import EncoderConfig, ExperimentConfig, ImagesConfig, SweepConfig, WatchConfig
 from nestdiff_core.encoders import extract
 from nestdiff_core.errors import IntegrityError
@@ -28,6 +29,7 @@ from nestdiff_core.evaluation.features import extract_all
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.files import is_bulk
 from nestdiff_core.recipes import toy
+from nestdiff_core.stages.common import reuse
 from nestdiff_core.stages.reference import extractors, open_statistics
 from nestdiff_core.stages.watch import history
 
@@ -233,7 +235,6 @@ def test_two_machines_make_the_same_artifact(machines: Machines, monkeypatch: py
     first = stages.encoder(a)
     with monkeypatch.context() as patch:
         patch.setattr(mirror.Mirror, "pull", lambda *_: False)  # b began when there was none
-        patch.setattr(mirror.Mirror, "published", _absent_once(mirror.Mirror.published))
         patch.setattr("torch.nn.Linear.forward", _louder)
         second = stages.encoder(b)
     assert second.digest == first.digest == b.artifact(Ref("encoder")).digest
@@ -328,6 +329,18 @@ def test_two_machines_watch_into_one_history(machines: Machines, toy_run: Any) -
     stages.train(b, 2, until_step=18)
     made = stages.watch(b)
     assert made is not None and history(b) == history(a) and made.info["newest"]["2"]["step"] == 18
+
+
+def test_digests_are_had_without_the_checkpoints(machines: Machines, toy_run: Any) -> None:
+    """Which stay where they were written: what they alone hold has none, all else has what it has there."""
+    a, b = machines("a"), machines("b")
+    shutil.copytree(toy_run.root, a.root)
+    for ref in a.refs():
+        reuse(a, ref)  # puts it into object storage
+    there, here = experiment_digests(a), experiment_digests(b)
+    assert {name for name in there if here[name] != there[name]} == {
+        f"denoiser_level_{level}_{part}" for level in (1, 2) for part in ("model", "optimizer")
+    }
 
 
 def test_a_stopped_sweep_goes_on(machines: Machines, toy_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
