@@ -106,11 +106,12 @@ def write_npz_file(x: Experiment, path: Path, *, progress: Progress = silent, **
     if rank() == 0:
         with DirectoryLock(folder, stage="samples"), environment_faults(path):
             joined = folder / f"{TEMPORARY}joined.npz"  # within, where the next run removes it
-            _join(folder, made.info["shards"], joined)
+            wanted = range(first := request.get("first", 0), first + request["num_images"])
+            _join(folder, made.info["shards"], wanted, joined)
             os.replace(joined, path)
             fsync_directory(path.absolute().parent)
             _remove(folder)
-    return made.info["images"]
+    return request["num_images"]
 
 
 def _remove(folder: Path) -> None:
@@ -123,16 +124,24 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _join(folder: Path, files: list[dict[str, Any]], path: Path) -> None:
-    """One sample file of all shards: images a shard at a time, then their small arrays."""
-    shards = [StoredSamples(folder / shard["file"]) for shard in files]
-    shape = (sum(len(shard) for shard in shards), *shards[0].shape[1:3], shards[0].channels)
-    small: dict[str, list[np.ndarray]] = {}
+def _join(folder: Path, files: list[dict[str, Any]], wanted: range, path: Path) -> None:
+    """One sample file of the images `wanted`, of shards that may hold more, where a larger request had been stopped:
+    images a shard at a time, then their small arrays."""
+    shards, small = [], {}
     for shard in files:
         with np.load(folder / shard["file"], allow_pickle=False) as arrays:
+            start, stop = np.searchsorted(arrays["index"], (wanted.start, wanted.stop)).tolist()
+            if start == stop:
+                continue
             for name in sorted({"arr_1", "index"} & set(arrays.files)):
-                small.setdefault(name, []).append(arrays[name])
-    images = Blocks(shape, np.dtype(np.uint8), (shard.read(0, len(shard)) for shard in shards))
+                small.setdefault(name, []).append(arrays[name][start:stop])
+        shards.append((StoredSamples(folder / shard["file"]), start, stop))
+    first, *_ = shards[0]
+    images = Blocks(
+        (len(wanted), *first.shape[1:3], first.channels),
+        np.dtype(np.uint8),
+        (shard.read(start, stop - start) for shard, start, stop in shards),
+    )
     save_samples(path, images, also={name: np.concatenate(found) for name, found in small.items()})
 
 

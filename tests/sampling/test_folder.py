@@ -223,6 +223,18 @@ def test_one_file_is_the_shards_together(x: Experiment, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["one.npz"]
 
 
+@pytest.mark.parametrize(("first", "num_images"), [(0, 5), (8, 11), (16, 8)])
+def test_one_file_has_the_images_that_were_asked_for(
+    x: Experiment, tmp_path: Path, first: int, num_images: int
+) -> None:
+    """Also where a larger request had been stopped half-way."""
+    sampling.write_folder(x, tmp_path / "one.npz.parts", seed=5, num_images=24, shard_size=8)
+    made = sampling.write_npz_file(x, tmp_path / "one.npz", seed=5, first=first, num_images=num_images, shard_size=8)
+    wanted = range(first, first + num_images)
+    assert made == num_images and np.load(tmp_path / "one.npz")["index"].tolist() == list(wanted)
+    assert np.array_equal(StoredSamples(tmp_path / "one.npz").read(0, num_images), direct(x, wanted))
+
+
 @pytest.mark.parametrize(
     "wrong", [["--out=x.jpg"], ["--out=x.png", "--processes=2"], ["--processes=0"], ["--first=-1"], ["--num-images=0"]]
 )
