@@ -12,6 +12,7 @@ new denoisers below level 3 and leaves everything else where it is.
 from __future__ import annotations
 
 import os
+import shlex
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from nestdiff_core.errors import IntegrityError, LockHeld
 from nestdiff_core.files import MANIFEST, fingerprint, is_sealed, read_json
 from nestdiff_core.lineage import PER_LEVEL, STAGES, Ref, level_features
 from nestdiff_core.mirror import Mirror
+from nestdiff_core.recipes.loader import loaded_from
 
 Known = dict[Ref, Artifact]
 
@@ -168,7 +170,6 @@ class Experiment:
         if (sealed := self._open(ref, path)) is not None:
             known[ref] = sealed
             return sealed
-        job = STAGES[ref.stage].job.format(level=ref.level)
         expected, found = self._nearest(ref, path)
         raise IntegrityError(
             f"{ref} of experiment {self.config.name!r} has not been made with this configuration",
@@ -177,8 +178,14 @@ class Experiment:
             path=path,
             expected=expected,
             found=found,
-            fix=f"Run: dagster job execute -m pipelines.definitions -j {job}",
+            fix=f"Run: {self.command(ref)}",
         )
+
+    def command(self, ref: Ref) -> str:
+        """What makes the artifact, to be typed where the experiment was loaded."""
+        origin, job = loaded_from(self.config.name), STAGES[ref.stage].job.format(level=ref.level)
+        which = "" if origin is None else f"NESTDIFF_EXPERIMENT={shlex.quote(origin)} "
+        return f"{which}dagster job execute -m pipelines.definitions -j {job}"
 
     def _nearest(self, ref: Ref, path: Path) -> tuple[Any, Any]:
         """The settings in which the most similar artifact of this stage differs: (expected, found), or (None, None)."""

@@ -29,6 +29,8 @@ RECIPES: dict[str, Callable[[], ExperimentConfig]] = {
     **paper.RECIPES,
 }
 
+_LOADED: dict[str, str] = {}  # by name of the experiment: what commands that are printed say
+
 
 def load_experiment(name: str | os.PathLike[str] | None = None) -> ExperimentConfig:
     """The experiment called `name`: a recipe, the path of a YAML file that changes one, or of a complete .json.
@@ -41,6 +43,17 @@ def load_experiment(name: str | os.PathLike[str] | None = None) -> ExperimentCon
     Raises ConfigError for an unknown recipe, a missing or unreadable file, or a setting that cannot work.
     """
     text = str(name or os.environ.get("NESTDIFF_EXPERIMENT") or DEFAULT_EXPERIMENT)
+    config = _load(text)
+    _LOADED[config.name] = text
+    return config
+
+
+def loaded_from(name: str) -> str | None:
+    """The recipe or file that this process has loaded the experiment called `name` from, or None."""
+    return _LOADED.get(name)
+
+
+def _load(text: str) -> ExperimentConfig:
     if text in RECIPES:
         return RECIPES[text]()
     path = Path(text).expanduser()

@@ -35,7 +35,6 @@ from nestdiff_core.evaluation.sweep import level_table as setting_table
 from nestdiff_core.evaluation.sweep import short_table, sweep_plots, verdict
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.files import write_bytes, write_json
-from nestdiff_core.lineage import STAGES
 from nestdiff_core.newest import newest_weights
 from nestdiff_core.progress import Progress, silent
 from nestdiff_core.stages.common import reuse
@@ -110,9 +109,8 @@ def _parts(x: Experiment) -> dict[str, str | None]:
     return parts
 
 
-def _missing(stage: str, level: int | None = None, what: str = "Not made yet.") -> str:
-    job = STAGES[stage].job.format(level=level)
-    return f"{what} It is made by: dagster job execute -m pipelines.definitions -j {job}"
+def _missing(x: Experiment, ref: Ref, what: str = "Not made yet.") -> str:
+    return f"{what} It is made by: {x.command(ref)}"
 
 
 def _facts(x: Experiment) -> dict[str, str]:
@@ -150,7 +148,7 @@ def _samples(x: Experiment) -> Section:
             images = _stored(made, "without_conditions", SHOWN)
             figures.append(("What level 1 makes when its conditions are withheld.", images))
     grids = [Figure(_grid(images), caption) for caption, images in figures]
-    return replace(section, figures=grids, missing="" if made else _missing("samples"))
+    return replace(section, figures=grids, missing="" if made else _missing(x, Ref("samples")))
 
 
 def _stored(made: Artifact, name: str, count: int) -> np.ndarray:
@@ -209,7 +207,7 @@ def _levels(x: Experiment) -> Section:
 def _pictures(x: Experiment) -> Section:
     section, made = Section("What each level decides"), x.find(Ref("pictures"))
     if made is None:
-        return replace(section, missing=_missing("pictures"))
+        return replace(section, missing=_missing(x, Ref("pictures")))
     figures = [Figure(made.fetch(f["file"]).read_bytes(), f["caption"]) for f in made.info["figures"]]
     return replace(section, figures=figures)
 
@@ -219,7 +217,7 @@ def _sweep(x: Experiment) -> Section:
     if not x.config.sweep.anything:
         return replace(section, missing="Nothing is swept: `sweep:` of the experiment says what is to be tried.")
     if made is None:
-        return replace(section, missing=_missing("sweep"))
+        return replace(section, missing=_missing(x, Ref("sweep")))
     return replace(
         section,
         notes=[verdict(made.info)],
@@ -232,7 +230,7 @@ def _sweep(x: Experiment) -> Section:
 def _neighbours(x: Experiment) -> Section:
     section, made = Section("Nearest training images", abreast=2), x.find(Ref("neighbours"))
     if made is None:
-        return replace(section, missing=_missing("neighbours"))
+        return replace(section, missing=_missing(x, Ref("neighbours")))
     return replace(
         section,
         notes=copy_verdicts(made.info),
@@ -252,7 +250,7 @@ def _neighbours(x: Experiment) -> Section:
 def _ladder(x: Experiment) -> Section:
     section, made = Section("What each level costs", abreast=2), x.find(Ref("ladder"))
     if made is None:
-        return replace(section, missing=_missing("ladder"))
+        return replace(section, missing=_missing(x, Ref("ladder")))
     info = made.info
     figures = [
         Figure(
@@ -284,7 +282,7 @@ def _ladder(x: Experiment) -> Section:
 def _numbers(x: Experiment) -> Section:
     section, made = Section("Numbers"), x.find(Ref("evaluation"))
     if made is None:
-        return replace(section, missing=_missing("evaluation"))
+        return replace(section, missing=_missing(x, Ref("evaluation")))
     info, real = made.info, floor_name(x.config)
     against = TRAINING if real == HELD_OUT else "held-out"
     cards = {f"Metric card of {name}": flat(n["card"]) for name, n in info["metrics"].items() if n.get("card")}
@@ -312,7 +310,7 @@ def _losses(x: Experiment) -> Section:
         weights = newest_weights(x, level.level)
         lines = [] if weights is None else weights.history()
         if weights is None or not lines:
-            notes.append(f"Level {level.level}: {_missing('denoiser', level.level, 'not trained yet.')}")
+            notes.append(f"Level {level.level}: {_missing(x, Ref('denoiser', level.level), 'not trained yet.')}")
             continue
         last = {name for line in lines for name in line}
         names = [name for name in ("loss", "held_out_loss", "held_out_loss_without_conditions") if name in last]
@@ -333,7 +331,7 @@ def _watch(x: Experiment) -> Section:
     section = Section("Numbers over time")
     made = x.find(Ref("watch"))
     if made is None:
-        return replace(section, missing=_missing("watch"))
+        return replace(section, missing=_missing(x, Ref("watch")))
     newest = made.info["newest"]
     newest = {what: newest[what] for what in from_the_top(newest)}
     levels = [what for what in newest if what != IMAGES]
@@ -374,7 +372,7 @@ def _spectra(x: Experiment) -> Section:
         plot = spectrum_plot({m: b.eigenvalues for m, b in bases.items()}, {m: b.channels for m, b in bases.items()})
         figures.append(Figure(plot, "Singular spectrum of the features that each level is cut from."))
     elif levels:
-        notes.append(_missing("svd_basis", what="The bases have not been fitted yet."))
+        notes.append(_missing(x, Ref("svd_basis"), "The bases have not been fitted yet."))
     if (made := x.find(Ref("samples"))) is not None:
         sets = {"real, held out": _real(x, "held_out", COUNTED), "samples": _stored(made, "samples", COUNTED)}
         if (made.path / "without_conditions.npz").is_file():
