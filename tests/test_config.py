@@ -78,6 +78,7 @@ def test_every_knob_is_documented() -> None:
         ({"sampling": {"sampler": "euler"}}, "sampling.sampler", None),
         ({"sampling": 3}, "sampling", None),
         ({"evaluation": {"extractors": ["inception"]}}, "evaluation.inception_weights", None),
+        ({"evaluation": {"extractors": []}}, "evaluation.extractors", None),
         ({"name": "my experiment"}, "name", None),
     ],
 )

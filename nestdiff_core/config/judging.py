@@ -167,6 +167,7 @@ class EvaluationConfig:
         require(self.resamples == 0 or self.resamples >= 2, "evaluation.resamples", "0, or >= 2", self.resamples)
         for name in self.extractors:
             require(name in SPACES, "evaluation.extractors", f"each one of {SPACES}", name)
+        require(bool(self.spaces), "evaluation.extractors", "at least one, or a judge", self.extractors)
         names = [judge.name for judge in self.judges]
         require(len(set(names)) == len(names), "evaluation.judges", "different names", names)
         if "inception" in self.extractors:

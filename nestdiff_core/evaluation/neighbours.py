@@ -4,7 +4,8 @@ In each space (the latent of a level, the encoder's vector) a sample has a neare
 second at d_2. Small distances alone do not tell copies: guided or smooth samples are near to everything. A copy is
 near to one training image and not to the others, so it counts as one only where both d_1 and d_1 / d_2 are smaller
 than the q-quantile of those of held-out images, which no model has seen. Of held-out images themselves at most a share
-q does (`floor`).
+q does (`floor`). Held-out images that are training images too, as a source with duplicates has them, are no measure
+of the unseen: they are left out, and counted (`in_training`).
 
     copies     share of samples that count as copies
     nearer     share of samples whose d_1 alone is that small: q for samples that are like unseen images
@@ -30,6 +31,7 @@ from nestdiff_core.evaluation.latent_metrics import density_coverage
 
 BLOCK_DISTANCES = 2**23  # that are in memory at once
 CHANCE = 1e-3
+SAME = 1e-3  # of the usual distance to the nearest training image: nearer, a held-out image is one of them
 
 
 class Nearest(NamedTuple):
@@ -104,8 +106,11 @@ def copy_numbers(
     """
     d, ratio = _d_and_ratio(of_samples)
     d_floor, ratio_floor = _d_and_ratio(of_held_out)
+    unseen = d_floor > SAME * np.median(d_floor)
+    if unseen.any():
+        d_floor, ratio_floor = d_floor[unseen], ratio_floor[unseen]
     limit, ratio_limit = np.quantile(d_floor, quantile), np.quantile(ratio_floor, quantile)
-    copies, unseen = (d < limit) & (ratio < ratio_limit), (d_floor < limit) & (ratio_floor < ratio_limit)
+    copies, alike = (d < limit) & (ratio < ratio_limit), (d_floor < limit) & (ratio_floor < ratio_limit)
     num = min(len(samples), len(real))
     among, among_real = (_to_others(values[:num]) for values in (samples, real))
     apart = np.quantile(among_real, quantile)
@@ -118,11 +123,12 @@ def copy_numbers(
     }
     return {
         "num_samples": len(samples),
-        "num_held_out": len(held_out),
+        "num_held_out": len(d_floor),
+        "in_training": int((~unseen).sum()),
         "distance": _medians(d, d_floor, limit),
         "ratio": _medians(ratio, ratio_floor, ratio_limit),
         "nearer": float((d < limit).mean()),
-        "copies": {**_shares(copies, unseen), "seen": _more(copies, unseen)},
+        "copies": {**_shares(copies, alike), "seen": _more(copies, alike)},
         "twins": {**_shares(twins, real_twins), "seen": _more(twins, real_twins)},
         "distinct": {
             "samples": len(np.unique(of_samples.rows[:few, 0])) / few,
@@ -202,6 +208,9 @@ def verdicts(record: Mapping[str, Any]) -> list[str]:
                 "of as many training images have: the model repeats itself."
             )
     spaces, seen = ", ".join(record["spaces"]), {text.split(":")[0] for text in said}
+    leaked = max(found["in_training"] for found in record["spaces"].values())
+    also = [f"{leaked:,} held-out images are in the training split too; they are no measure of unseen ones."]
     if not said:
-        return [f"No sign of copied training images or of repeated samples ({spaces})."]
+        return [f"No sign of copied training images or of repeated samples ({spaces}).", *also[: leaked > 0]]
+    said += also[: leaked > 0]
     return [f"Copies or repetitions are seen in {len(seen)} of {len(record['spaces'])} spaces ({spaces}).", *said]

@@ -48,6 +48,15 @@ def open_images(
         if error.key == "images.path":  # as an experiment's images are called
             error.key, error.stage, error.fix = None, "evaluation", "Correct the path."
         raise
+    if not len(images):
+        raise InputError(
+            "There are no images here",
+            stage="evaluation",
+            path=place,
+            expected="at least one",
+            found=0,
+            fix="Name another set.",
+        )
     if isinstance(images, _Pictures):
         images.channels = channels
     if num_images is not None and len(images) != num_images:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from nestdiff_core.latents.basis import EIGENVALUE_FLOOR
 from nestdiff_core.latents.capacity import capacity_nats
 
 LEAST_SIGMA = 0.1  # below it a dimension tells 2.3 nats or more: more channels are the better way to tell as much
@@ -45,7 +46,7 @@ def propose(
     for grid in sorted(eigenvalues):
         spectrum = np.maximum(eigenvalues[grid], 0.0)
         shares = spectrum.cumsum() / spectrum.sum()
-        rank = int((spectrum > 0).sum())
+        rank = int((spectrum > EIGENVALUE_FLOOR * spectrum[0]).sum())  # as the basis will have it
         enough = int(np.searchsorted(shares, variance)) + 1
         needed = math.ceil(budget / capacity_nats(LEAST_SIGMA, grid**2))
         channels = min(rank, max(enough, needed))

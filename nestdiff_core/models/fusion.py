@@ -40,7 +40,7 @@ def stem_geometry(condition: int, latent: int, tokens: int) -> StemGeometry:
     A condition nearly as fine as the latent goes there first, by a kernel as long as the difference; else it goes to
     the token grid, or to the smallest multiple of it that is not coarser than the condition.
     """
-    up = latent if latent - condition <= 2 else tokens * math.ceil(condition / tokens)
+    up = latent if 0 <= latent - condition <= 2 else tokens * math.ceil(condition / tokens)
     if up - condition <= 2:
         return StemGeometry(up - condition + 1, 1, up, up // tokens)
     stride = math.ceil(up / condition)

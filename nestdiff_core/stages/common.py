@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Iterator
 
 from nestdiff_core.artifacts import Artifact, ArtifactWriter
 from nestdiff_core.config import LevelConfig
+from nestdiff_core.encoders.weights import weights_digest
 from nestdiff_core.errors import ConfigError, IntegrityError
 from nestdiff_core.experiment import Experiment, Ref
+from nestdiff_core.files import PARTS
 from nestdiff_core.sampling.parts import rank, together
 
 logger = logging.getLogger("nestdiff")
@@ -25,14 +28,21 @@ def reuse(x: Experiment, ref: Ref, *, weights: str | None = None) -> Artifact | 
     try:
         if (artifact := x.find(ref)) is not None:
             artifact.verify()
-            if weights is None or artifact.info.get("weights_source") == weights:
+            if weights is None or artifact.info.get("weights_source", weights) == weights:
                 return artifact.shared()
             logger.warning("The weights of %s are others than it was made with. It is made again.", ref)
+            shutil.rmtree(artifact.path / PARTS, ignore_errors=True)  # no part of it was made with these
     except IntegrityError as error:
         logger.warning("%s It is made again.", error)
     for needed in x.inputs(ref):
         x.artifact(needed).verify()
     return None
+
+
+def decoder_weights(x: Experiment) -> str | None:
+    """Hash of the weights that z_1 is decoded with; None where it is pixels. Another decoder may share the encoder, so
+    that z_1 and what is trained on it stay what they are."""
+    return weights_digest(x.config.autoencoder.weights)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from nestdiff_core import loading
 from nestdiff_core.artifacts import Artifact, ArtifactWriter, code_version
+from nestdiff_core.encoders.weights import weights_digest
 from nestdiff_core.errors import IntegrityError
 from nestdiff_core.experiment import Experiment, Ref, differences
 from nestdiff_core.files import is_sealed, read_sealed_json, write_json
@@ -51,7 +52,10 @@ def train(
         path, header = x.path(ref), x.header(ref)
     seen = {"code": code_version(), "torch": torch.__version__, **{k: header[k] for k in ("config", "inputs")}}
     group.require_same("denoiser", level, seen)
+    started = weights_digest(x.config.level(level).train.start_from)
     if any(group.gather(made is not None)):
+        if made is not None and made.info.get("started_from", started) != started:
+            logger.warning("%s was started from other weights than levels.train.start_from now holds; it is kept.", ref)
         return made
     with contextlib.ExitStack() as stack:
         writer = None
@@ -83,7 +87,7 @@ def train(
         trainer.run(progress=progress, stop=stop, until_step=until_step, log=log)
         if writer is None or trainer.step < trainer.train.num_steps:
             return None
-        return _export(x, trainer, writer)
+        return _export(x, trainer, writer, started)
 
 
 def _tell_of_others(x: Experiment, ref: Ref, path: Path) -> None:
@@ -110,7 +114,7 @@ def _tell_of_other(x: Experiment, ref: Ref, checkpoint: Path, state: dict[str, A
     )
 
 
-def _export(x: Experiment, trainer: Trainer, writer: ArtifactWriter) -> Artifact:
+def _export(x: Experiment, trainer: Trainer, writer: ArtifactWriter, started: str | None) -> Artifact:
     """What everyone else reads: the averages of the weights, how to build the network, the history of the run."""
     shapes = [list(shape) for _, shape in sorted(trainer.batches.shapes().items(), reverse=True)]
     for decay, average in trainer.averages.items():
@@ -126,5 +130,6 @@ def _export(x: Experiment, trainer: Trainer, writer: ArtifactWriter) -> Artifact
         step=trainer.step,
         parameters=count_parameters(trainer.model),
         macs=count_macs(trainer.model),
+        **({} if started is None else {"started_from": started}),
         **last,
     )

@@ -30,7 +30,7 @@ from nestdiff_core.sampling.parts import (
     read_parts,
     remove_parts,
 )
-from nestdiff_core.stages.common import logger, reuse, writing_together
+from nestdiff_core.stages.common import decoder_weights, logger, reuse, writing_together
 from nestdiff_core.stages.reference import extractors, open_statistics
 
 MAX_TRAINING = 10_000  # training images whose latents are compared with
@@ -44,8 +44,8 @@ def ladder(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -
     Runs in each process of a torchrun group: the rungs' images are made and committed in parts, as those of `samples`
     are, and the first process judges them. A stopped run goes on where it was.
     """
-    ref = Ref("ladder")
-    if (made := reuse(x, ref)) is not None:
+    ref, weights = Ref("ladder"), decoder_weights(x)
+    if (made := reuse(x, ref, weights=weights)) is not None:
         return made
     held_out, training = judges(x, x.config.ladder.num_images)
     true = {m: true_latents(x, m, held_out.rows) for m in range(1, x.config.num_levels + 1)}
@@ -68,7 +68,7 @@ def ladder(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -
             write_json(writer.path / "ladder.json", record)
             remove_parts(shards, rungs.parts)
             del record["channels"]
-            writer.seal(**record)
+            writer.seal(weights_source=weights, **record)
     return x.artifact(ref)
 
 

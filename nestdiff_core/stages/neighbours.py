@@ -152,6 +152,19 @@ class _First:
         return self.images[index]
 
 
+@dataclass(frozen=True)
+class _Mirrored:
+    """The mirror images of a set."""
+
+    images: Images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.images[index][:, ::-1]
+
+
 def _latent_space(
     x: Experiment, level: int, samples: Path, images: Images, held_out: Int64[np.ndarray, " H"], device: str
 ) -> _Space:
@@ -187,7 +200,11 @@ def _encoder_space(
     else:
 
         def read(rows: Int64[np.ndarray, " B"]) -> Float[np.ndarray, "B V D"]:
-            return _vectors(encoder, training.of(rows))[:, None]
+            """As a store has them: mirror images too, with `features.flip`. In the order of shards, each read once."""
+            order = np.argsort(rows)
+            found = training.of(rows[order])
+            views = (found, _Mirrored(found)) if x.config.features.flip else (found,)
+            return np.stack([_vectors(encoder, view) for view in views], axis=1)[np.argsort(order)]
 
     return _Space(_vectors(encoder, images), read(held_out.rows)[:, 0], read)
 

@@ -16,7 +16,7 @@ from nestdiff_core.evaluation.figures import image_grid
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.files import write_bytes
 from nestdiff_core.progress import Progress, silent
-from nestdiff_core.stages.common import reuse
+from nestdiff_core.stages.common import decoder_weights, reuse
 from nestdiff_core.stages.ladder import judges, true_latents
 
 ROWS, COLUMNS = 4, 10  # of samples of one picture; the first column of each is real
@@ -30,8 +30,8 @@ def pictures(x: Experiment, *, device: str = "cpu", progress: Progress = silent)
 
     info: `figures`, each with its file and caption. Images are made in batches as small as the pictures.
     """
-    ref = Ref("pictures")
-    if (made := reuse(x, ref)) is not None:
+    ref, weights = Ref("pictures"), decoder_weights(x)
+    if (made := reuse(x, ref, weights=weights)) is not None:
         return made
     held_out, _ = judges(x, max(ROWS, 2 * WALKS))
     rows = held_out.rows
@@ -54,7 +54,9 @@ def pictures(x: Experiment, *, device: str = "cpu", progress: Progress = silent)
                 write_bytes(writer.path / file, picture)
                 figures.append({"file": file, "caption": caption})
         progress(2 * len(levels), 2 * len(levels), "pictures")
-        return writer.seal(figures=sorted(figures, key=lambda figure: figure["file"].startswith("walk")))
+        return writer.seal(
+            weights_source=weights, figures=sorted(figures, key=lambda figure: figure["file"].startswith("walk"))
+        )
 
 
 def frozen(

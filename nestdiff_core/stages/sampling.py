@@ -30,7 +30,7 @@ from nestdiff_core.sampling.parts import (
     read_parts,
     remove_parts,
 )
-from nestdiff_core.stages.common import logger, reuse, writing_together
+from nestdiff_core.stages.common import decoder_weights, logger, reuse, writing_together
 from nestdiff_core.stages.reference import open_spaces
 
 IMAGES, BARE = "images", "without_conditions"
@@ -43,8 +43,8 @@ def samples(x: Experiment, *, device: str = "cpu", progress: Progress = silent) 
     Runs in each process of a torchrun group. Images are made and committed in parts, of which the files are put
     together at the end: one part is in memory, and a stopped run goes on where it was.
     """
-    ref, config = Ref("samples"), x.config.sampling
-    if (made := reuse(x, ref)) is not None:
+    ref, config, weights = Ref("samples"), x.config.sampling, decoder_weights(x)
+    if (made := reuse(x, ref, weights=weights)) is not None:
         return made
     parts = in_parts(config.num_images, part_size(config.batch_size))
     with writing_together(x, ref) as (shards, writer):
@@ -56,7 +56,8 @@ def samples(x: Experiment, *, device: str = "cpu", progress: Progress = silent) 
             whole = shards.part(WHOLE)
             assert whole is not None
             remove_parts(shards, parts)
-            writer.seal(images=config.num_images, minimum=whole["minimum"], maximum=whole["maximum"])
+            extremes = {name: whole[name] for name in ("minimum", "maximum")}
+            writer.seal(images=config.num_images, weights_source=weights, **extremes)
     return x.artifact(ref)
 
 

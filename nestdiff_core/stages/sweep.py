@@ -37,7 +37,7 @@ from nestdiff_core.files import fingerprint, write_json
 from nestdiff_core.latents.moments import Moments
 from nestdiff_core.precision import autocast
 from nestdiff_core.progress import Progress, silent
-from nestdiff_core.stages.common import logger, reuse
+from nestdiff_core.stages.common import decoder_weights, logger, reuse
 from nestdiff_core.stages.ladder import MAX_TRAINING, read_averaged
 from nestdiff_core.stages.reference import extractors, judge_weights
 
@@ -60,7 +60,8 @@ def sweep(x: Experiment, *, device: str = "cpu", progress: Progress = silent) ->
             found="none",
             fix="Name what is to be tried in the experiment.",
         )
-    weights = judge_weights(x)
+    judging, decoding = judge_weights(x), decoder_weights(x)
+    weights = judging if decoding is None else fingerprint([judging, decoding])
     if (made := reuse(x, ref, weights=weights)) is not None:
         return made
     with x.writing(ref, keep_parts=True) as writer:

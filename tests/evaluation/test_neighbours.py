@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,18 @@ from PIL import Image
 
 from nestdiff_core import loading, stages
 from nestdiff_core.artifacts import ArtifactWriter
+from nestdiff_core.encoders import load_encoder
 from nestdiff_core.errors import InputError
 from nestdiff_core.evaluation import neighbours as module
+from nestdiff_core.evaluation.extractors import encoder_extractor
 from nestdiff_core.evaluation.figures import neighbour_grid
 from nestdiff_core.evaluation.neighbours import copy_numbers, nearest, neighbour_table, verdicts
 from nestdiff_core.evaluation.samples import Blocks, save_samples, write_safetensors
 from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.images.index import ImageIndex
 from nestdiff_core.recipes import toy
+
+neighbours_stage = importlib.import_module("nestdiff_core.stages.neighbours")  # `stages.neighbours` is the function
 
 
 def blocks_of(views: np.ndarray, rows: np.ndarray, size: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -49,9 +55,11 @@ def test_a_query_is_no_neighbour_of_itself() -> None:
         nearest(values, [(np.arange(3), values[:, None])], 3, own=np.arange(3))
 
 
-def judged(samples: np.ndarray, seed: int = 0, quantile: float = 0.05) -> dict[str, Any]:
-    """Of N(0, I) in eight dimensions: 2,000 training points, 400 held-out ones."""
+def judged(samples: np.ndarray, seed: int = 0, quantile: float = 0.05, leaked: int = 0) -> dict[str, Any]:
+    """Of N(0, I) in eight dimensions: 2,000 training points, 400 held-out ones, of which `leaked` are training points
+    as well."""
     train, held_out = data(2000, 1), data(400, 2)
+    held_out[:leaked] = train[-leaked:] if leaked else held_out[:0]
     blocks = blocks_of(train[:, None], np.arange(2000), 512)
     found = copy_numbers(
         samples,
@@ -76,6 +84,16 @@ def test_a_model_that_copies_is_caught() -> None:
     assert "the model copies" in " ".join(verdicts(record))
     some = judged(np.concatenate([copies[:50], data(450, 4)]))
     assert some["spaces"]["z_2"]["copies"]["seen"] and some["spaces"]["z_2"]["copies"]["samples"] < 0.2
+
+
+def test_a_source_with_duplicates_does_not_hide_copies() -> None:
+    """Held-out points that are training points are no measure of unseen ones, and are told of."""
+    copies, fresh = data(2000, 1)[:500] + 1e-3 * data(500, 3), data(500, 4)
+    found = judged(copies, leaked=40)["spaces"]["z_2"]
+    assert found["copies"]["seen"] and found["in_training"] == 40 and found["num_held_out"] == 360
+    said = verdicts(judged(fresh, leaked=40))
+    assert said[0].startswith("No sign") and said[1].startswith("40 held-out images are in the training split")
+    assert abs(judged(fresh, leaked=40)["spaces"]["z_2"]["nearer"] - 0.05) < 0.05
 
 
 def test_a_model_that_repeats_itself_is_caught() -> None:
@@ -106,6 +124,29 @@ def test_blocks_are_bounded() -> None:
     """Queries times images of a block stay below what is kept in memory, and a block has an image at least."""
     assert module.block_size(1000) * 1000 <= module.BLOCK_DISTANCES
     assert module.block_size(10**9) == 1
+
+
+def test_vectors_without_a_store_are_those_of_one(made: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mirror images among them where latents have them; whatever the order of rows, each shard is read once."""
+    mirrored = Experiment(replace(made.config, features=replace(made.config.features, flip=True)), made.root)
+    stages.features(mirrored)
+    encoder = encoder_extractor(load_encoder(mirrored.artifact(Ref("encoder"))))
+    index = loading.open_index(mirrored)
+    unkept = replace(mirrored.config, features=replace(mirrored.config.features, keep=False))
+    held_out, training = (loading.SplitImages(index, split) for split in ("held_out", "train"))
+    rows = np.random.default_rng(0).permutation(training.rows)[:100]
+    shards: list[int] = []
+    read = ImageIndex.read_shard
+    monkeypatch.setattr(ImageIndex, "read_shard", lambda self, k: (shards.append(k), read(self, k))[1])
+    spaces = [
+        neighbours_stage._encoder_space(x, encoder, held_out, held_out, training)
+        for x in (mirrored, Experiment(unkept, made.root))
+    ]
+    shards.clear()
+    stored, encoded = (space.training(rows) for space in spaces)
+    assert stored.shape == encoded.shape == (100, 2, stored.shape[2])
+    np.testing.assert_allclose(encoded, stored, atol=2e-3, rtol=2e-3)  # stored as float16
+    assert len(shards) <= 2 * len(index.shards)  # once for the images, once for their mirror images
 
 
 def test_grid_shows_the_images_in_their_rows() -> None:
@@ -159,8 +200,6 @@ def test_pictures_read_a_shard_once(made: Experiment, monkeypatch: pytest.Monkey
 def test_samples_that_are_training_images_are_caught_in_every_space(made: Experiment, kept: bool) -> None:
     """The toy's samples replaced by training images and their latents, with and without stored features."""
     if not kept:
-        from dataclasses import replace
-
         config = replace(made.config, features=replace(made.config.features, keep=False))
         made = Experiment(config, made.root)
         stages.bases(made)

@@ -216,6 +216,10 @@ def test_what_cannot_be_scored_is_refused(tmp_path: Path, real: str, capsys: Any
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((9, 12, 12, 3)))
     refusal = refused(capsys, str(tmp_path / "floats.npz"), *against)
     assert refusal["code"] == 3 and "float64" in refusal["found"]
+    np.savez(tmp_path / "none.npz", arr_0=np.zeros((0, 12, 12, 3), np.uint8))
+    for words in ((str(tmp_path / "none.npz"), *against), (real, "--against", str(tmp_path / "none.npz"))):
+        refusal = refused(capsys, *words)
+        assert (refusal["code"], refusal["found"], refusal["path"]) == (3, 0, str(tmp_path / "none.npz"))
     assert refused(capsys, put(random_images(1, 0), tmp_path / "one", "npz"), *against)["code"] == 3
     large = put(random_images(60, 0, side=20), tmp_path / "large", "folder")
     refusal = refused(capsys, large, *against)

@@ -48,3 +48,5 @@ def test_a_budget_that_channels_cannot_tell_gets_more_of_them() -> None:
     assert wide.channels == math.ceil(100 / capacity_nats(LEAST_SIGMA, 1)) and wide.nats == pytest.approx(100)
     (short,) = propose({1: np.r_[1.0, 1.0, np.zeros(9)]}, nats=100.0, growth=1.0, variance=0.5)
     assert (short.channels, short.sigma) == (2, LEAST_SIGMA) and short.nats < 100
+    (rounded,) = propose({1: np.r_[1.0, 1.0, np.full(9, 1e-9)]}, nats=100.0, growth=1.0, variance=0.5)
+    assert rounded.channels == 2  # no more than a basis will have

@@ -13,6 +13,7 @@ from nestdiff_core.models.fusion import Stem, stem_geometry
     [
         *((8, 32, 2), (6, 8, 2), (4, 6, 2), (2, 4, 2), (6, 32, 2), (1, 8, 2), (1, 1, 1), (2, 2, 1), (8, 8, 2)),
         *((16, 32, 2), (1, 32, 2), (8, 16, 4), (6, 16, 4), (7, 14, 1), (5, 9, 3)),
+        *((14, 8, 2), (14, 8, 1), (16, 4, 1)),  # finer than the latent
     ],
 )
 def test_every_position_hears_the_condition_in_its_place(condition, latent, patch):
