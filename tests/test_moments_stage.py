@@ -34,7 +34,9 @@ def own(request: pytest.FixtureRequest, tmp_path: Path) -> Experiment:
     base = toy()
     config = replace(
         base,
-        images=ImagesConfig(source="folder", path=str(tmp_path / "photos"), resolution=16, images_per_shard=4),
+        images=ImagesConfig(
+            source="folder", path=str(tmp_path / "photos"), resolution=16, images_per_shard=4, held_out_fraction=0.3
+        ),
         encoder=EncoderConfig(kind="timm", name="test_vit", weights="random", input_size=160),
         features=FeaturesConfig(batch_size=4, chunk_rows=2, keep=request.param),
         evaluation=replace(base.evaluation, probe=False),
