@@ -76,6 +76,11 @@ def test_a_denoiser_that_was_started_from_other_weights_is_told_of(
     stages.images(x), stages.latents(x)
     made = stages.train(x, 1)
     assert stages.train(x, 1) is not None and "start_from" not in caplog.text
+    content = file.read_bytes()
+    file.unlink()
+    stages.train(x, 1)
+    assert "start_from" not in caplog.text  # it is not needed any more
+    file.write_bytes(content)
     change(file)
     again = stages.train(x, 1)
     assert made is not None and again is not None and again.digest == made.digest

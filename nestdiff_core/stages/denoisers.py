@@ -54,7 +54,7 @@ def train(
     group.require_same("denoiser", level, seen)
     started = weights_digest(x.config.level(level).train.start_from)
     if any(group.gather(made is not None)):
-        if made is not None and made.info.get("started_from", started) != started:
+        if made is not None and started not in (None, made.info.get("started_from", started)):
             logger.warning("%s was started from other weights than levels.train.start_from now holds; it is kept.", ref)
         return made
     with contextlib.ExitStack() as stack:
