@@ -18,8 +18,9 @@ from nestdiff_core.files import read_json, write_json
 from nestdiff_core.models.nested import build_denoiser, count_macs
 from nestdiff_core.recipes import toy
 from nestdiff_core.recipes.depth import SCALES
-from scripts import reproduce
-from scripts.reproduce import DISTANCES, NUMBERS, Run, curves, left, make, make_judges, network, plan, runs, write
+from scripts import depth_table, reproduce
+from scripts.depth_table import DISTANCES, NUMBERS, Run, curves, network, write
+from scripts.reproduce import left, make, make_judges, plan, runs
 
 
 def asked(
@@ -167,7 +168,7 @@ def test_a_row_that_was_measured_otherwise_says_so(tmp_path: Path) -> None:
 def test_curves_are_over_what_their_arm_has_cost(toy_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each level 1 once, with its condition and without, at 6 x MACs x images; other seeds are not drawn."""
     drawn: list[Any] = []
-    monkeypatch.setattr(reproduce, "loss_curve", lambda x, curves, **about: drawn.append((x, curves)) or b"")
+    monkeypatch.setattr(depth_table, "loss_curve", lambda x, curves, **about: drawn.append((x, curves)) or b"")
     x = Experiment(toy(), toy_run.root)
     curves([Run("l2", 0, x), Run("l2_guided", 0, x), Run("l1", 1, x)])
     ((spent, losses),) = drawn
