@@ -34,8 +34,8 @@ def change(file: Path) -> None:
     save_file({name: 1.3 * value for name, value in load_file(file).items()}, file)
 
 
-def test_another_decoder_makes_other_pictures_of_the_same_latents(tmp_path: Path) -> None:
-    """It may share its encoder, so that z_1 and the denoiser stay what they are."""
+def decoded(tmp_path: Path) -> tuple[Experiment, Path]:
+    """An experiment on the codes of an autoencoder, and the file of its decoder."""
     folder = tmp_path / "taef2"
     folder.mkdir()
     network = make_autoencoder(AutoencoderConfig(kind="taef2", weights="random")).network
@@ -48,7 +48,12 @@ def test_another_decoder_makes_other_pictures_of_the_same_latents(tmp_path: Path
         levels=(replace(config.level(1), patch_size=1),),
         evaluation=replace(config.evaluation, extractors=("pixels",), probe=False),
     )
-    x = Experiment(config, tmp_path / "artifacts")
+    return Experiment(config, tmp_path / "artifacts"), folder / "taef2_decoder.safetensors"
+
+
+def test_another_decoder_makes_other_pictures_of_the_same_latents(tmp_path: Path) -> None:
+    """It may share its encoder, so that z_1 and the denoiser stay what they are."""
+    x, decoder = decoded(tmp_path)
     make: tuple[Callable[[Experiment], object], ...] = (
         *(stages.images, stages.latents, lambda x: stages.train(x, 1), stages.reference),
         *(stages.samples, stages.ladder, stages.pictures),
@@ -58,12 +63,40 @@ def test_another_decoder_makes_other_pictures_of_the_same_latents(tmp_path: Path
         for stage in make:
             stage(x)
         seen.append({ref: x.artifact(ref).digest for ref in map(Ref, ("samples", "ladder", "pictures"))})
-        now = loading.decode(x, loading.generate(x, range(8), seed=config.sampling.seed)[1])
+        now = loading.decode(x, loading.generate(x, range(8), seed=x.config.sampling.seed)[1])
         np.testing.assert_array_equal(load_samples(x.artifact(Ref("samples")).path / "samples.npz"), now)
         trained = x.artifact(Ref("denoiser", 1)).digest
-        change(folder / "taef2_decoder.safetensors")
+        change(decoder)
     assert not set(seen[0].values()) & set(seen[1].values())
     assert x.artifact(Ref("denoiser", 1)).digest == trained
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_samples_go_on_from_where_they_were_stopped_unless_the_decoder_is_another(
+    replaced: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    x, decoder = decoded(tmp_path)
+    x = Experiment(replace(x.config, sampling=replace(x.config.sampling, num_images=100, batch_size=50)), x.root)
+    before: tuple[Callable[[Experiment], object], ...] = stages.images, stages.latents, lambda x: stages.train(x, 1)
+    for stage in before:
+        stage(x)
+
+    def stop(done: int, *_: object, **__: object) -> None:
+        if done == 50:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stages.samples(x, progress=stop)
+    if replaced:
+        change(decoder)
+        for stage in before:  # the codes are checked against the weights: made again, they are what they were
+            stage(x)
+    done_by: list[int] = []
+    stages.samples(x, progress=lambda done, *_, **__: done_by.append(done))
+    now = loading.decode(x, loading.generate(x, range(100), seed=x.config.sampling.seed)[1])
+    np.testing.assert_array_equal(load_samples(x.artifact(Ref("samples")).path / "samples.npz"), now)
+    assert done_by[0] == (50 if replaced else 100)  # after one part of this run
+    assert ("begins anew" in caplog.text) == replaced
 
 
 def test_a_denoiser_that_was_started_from_other_weights_is_told_of(

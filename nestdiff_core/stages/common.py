@@ -17,6 +17,8 @@ from nestdiff_core.sampling.parts import rank, together
 
 logger = logging.getLogger("nestdiff")
 
+MADE_WITH = "made_with"  # the part without files that names the weights of all others
+
 
 def reuse(x: Experiment, ref: Ref, *, weights: str | None = None) -> Artifact | None:
     """The sealed artifact if every file is as its manifest says.
@@ -46,18 +48,35 @@ def decoder_weights(x: Experiment) -> str | None:
 
 
 @contextlib.contextmanager
-def writing_together(x: Experiment, ref: Ref) -> Iterator[tuple[ArtifactWriter, ArtifactWriter | None]]:
+def writing_together(
+    x: Experiment, ref: Ref, *, weights: str | None = None
+) -> Iterator[tuple[ArtifactWriter, ArtifactWriter | None]]:
     """Write an artifact in each process of a torchrun group: the writer of its parts, and in the first process that of
     the artifact, to be sealed within the block. Processes meet before and behind it.
 
-    Parts stay on this machine, whatever object storage there is: they are gone once the artifact is whole.
+    weights: as for `reuse`; parts that a stopped run made with others are forgotten. Parts stay on this machine,
+    whatever object storage there is: they are gone once the artifact is whole.
     """
     parts = ArtifactWriter(x.path(ref), x.header(ref))
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(x.writing(ref, keep_parts=True)) if rank() == 0 else None
+        if rank() == 0:
+            forget_other_weights(parts, ref, weights)
         together()
         yield parts, writer
     together()
+
+
+def forget_other_weights(parts: ArtifactWriter, ref: Ref, weights: str | None) -> None:
+    """Remove the parts that a stopped run made with other weights, and note whose the next ones are; None as for
+    `reuse`."""
+    if weights is None:
+        return
+    begun = parts.part(MADE_WITH)
+    if begun is not None and begun["source"] != weights:
+        logger.warning("The weights of %s are others than a stopped run had. It begins anew.", ref)
+        shutil.rmtree(parts.path / PARTS)
+    parts.commit_part(MADE_WITH, [], source=weights)
 
 
 def require_features(level: LevelConfig, stage: str, *, channels: int, side: int) -> None:

@@ -49,7 +49,7 @@ def ladder(x: Experiment, *, device: str = "cpu", progress: Progress = silent) -
         return made
     held_out, training = judges(x, x.config.ladder.num_images)
     true = {m: true_latents(x, m, held_out.rows) for m in range(1, x.config.num_levels + 1)}
-    with writing_together(x, ref) as (shards, writer):
+    with writing_together(x, ref, weights=weights) as (shards, writer):
         rungs = _Rungs(x, shards, held_out.rows, true)
         if shards.part(WHOLE) is None:
             make_parts(

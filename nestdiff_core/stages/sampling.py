@@ -47,7 +47,7 @@ def samples(x: Experiment, *, device: str = "cpu", progress: Progress = silent) 
     if (made := reuse(x, ref, weights=weights)) is not None:
         return made
     parts = in_parts(config.num_images, part_size(config.batch_size))
-    with writing_together(x, ref) as (shards, writer):
+    with writing_together(x, ref, weights=weights) as (shards, writer):
         if shards.part(WHOLE) is None:
             make_parts(shards, parts, partial(loading.Cascade, x, device=device), _maker(x, shards), progress=progress)
             if writer is not None:

@@ -37,7 +37,7 @@ from nestdiff_core.files import fingerprint, write_json
 from nestdiff_core.latents.moments import Moments
 from nestdiff_core.precision import autocast
 from nestdiff_core.progress import Progress, silent
-from nestdiff_core.stages.common import decoder_weights, logger, reuse
+from nestdiff_core.stages.common import decoder_weights, forget_other_weights, logger, reuse
 from nestdiff_core.stages.ladder import MAX_TRAINING, read_averaged
 from nestdiff_core.stages.reference import extractors, judge_weights
 
@@ -65,6 +65,7 @@ def sweep(x: Experiment, *, device: str = "cpu", progress: Progress = silent) ->
     if (made := reuse(x, ref, weights=weights)) is not None:
         return made
     with x.writing(ref, keep_parts=True) as writer:
+        forget_other_weights(writer, ref, weights)
         run = _Sweep(x, writer, device, progress)
         levels: dict[int, list[tuple[Setting, float]]] = {}
         record: dict[str, Any] = {"levels": {}}
