@@ -32,7 +32,7 @@ from nestdiff_core.files import read_json, write_bytes
 from nestdiff_core.models.nested import build_denoiser, count_macs
 from nestdiff_core.progress import duration
 from nestdiff_core.recipes import save_experiment
-from nestdiff_core.recipes.depth import ARMS, CLASS_ARMS, SCALES, Scale, judges
+from nestdiff_core.recipes.depth import ARMS, EVERY, SCALES, Scale, judges
 from nestdiff_core.tables import format_table
 from nestdiff_core.training.estimate import estimate
 from scripts.depth_table import Run, conditions, curves, network, pictures, real, row, write
@@ -52,12 +52,13 @@ def runs(arguments: argparse.Namespace) -> list[Run]:
     found = []
     for seed in arguments.seeds:
         for arm in arguments.arms:
-            config = (ARMS | CLASS_ARMS)[arm](scale)
+            config = EVERY[arm](scale)
+            weights = arguments.encoder if config.encoder.weights == "hub" else config.encoder.weights
             config = replace(
                 config,
                 images=replace(config.images, path=images),
                 autoencoder=autoencoder,
-                encoder=replace(config.encoder, weights=arguments.encoder),
+                encoder=replace(config.encoder, weights=weights),
                 evaluation=replace(config.evaluation, judges=judges(folder, scale)),
                 levels=tuple(replace(level, train=replace(level.train, seed=seed)) for level in config.levels),
                 name=f"{scale.name}_{arm}" + (f"_seed{seed}" if seed else ""),
@@ -223,7 +224,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=SCALES, help="default: cifar10_32px where there is a GPU, else cifar10_16px")
     parser.add_argument("--tflops", type=float, metavar="N", help="training of an arm; default: the scale's")
     parser.add_argument(
-        "--arms", nargs="+", choices=ARMS | CLASS_ARMS, default=list(ARMS), help="default: all without class"
+        "--arms", nargs="+", choices=EVERY, default=list(ARMS), help="default: those of the first table"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="default: 0 1")
     parser.add_argument("--out", type=Path, default=Path("results"), metavar="FOLDER", help="default: results")

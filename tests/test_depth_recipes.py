@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 
 from nestdiff_core.config import ExperimentConfig
+from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.models.nested import build_denoiser, count_macs
 from nestdiff_core.recipes import RECIPES
 from nestdiff_core.recipes.depth import SCALES
 
 ARMS = ("l1", "l1_star", "l2", "l3")
 CLASS_ARMS = ("l1_class", "l2_class", "l3_class")
+VARIANTS = ("l2_noise0", "l2_noise50", "l2_noise100", "l2_vector", "l2_untrained", "l2_code", "l4")
 GUIDED = [(name, f"{name}_guided") for name in ARMS if name not in ("l1", "l1_star")]
 GUIDED += [(name, f"{name}_autoguided") for name in ARMS]
 scales = pytest.mark.parametrize("scale", SCALES)
@@ -21,6 +24,19 @@ scales = pytest.mark.parametrize("scale", SCALES)
 
 def arm(scale: str, name: str) -> ExperimentConfig:
     return RECIPES[f"{scale}_{name}"]()
+
+
+def settings(config: ExperimentConfig) -> dict[str, Any]:
+    """By their names, those of levels with the level's number."""
+
+    def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
+        found = {}
+        for key, value in values.items():
+            inner = flat(value, f"{where}{key}.") if isinstance(value, dict) else {f"{where}{key}": value}
+            found.update(inner)
+        return found
+
+    return flat(asdict(config) | {"levels": {str(level.level): asdict(level) for level in config.levels}})
 
 
 @functools.cache
@@ -32,7 +48,7 @@ def macs(scale: str, name: str) -> list[int]:
 
 
 @scales
-@pytest.mark.parametrize("name", ARMS + CLASS_ARMS)
+@pytest.mark.parametrize("name", ARMS + CLASS_ARMS + VARIANTS)
 def test_arms_of_a_scale_cost_the_same_to_train(scale: str, name: str) -> None:
     """6 x MACs x images, summed over levels, within 1 % of the scale's FLOPs, as counted from the networks."""
     config = arm(scale, name)
@@ -77,6 +93,48 @@ def test_arms_with_classes_are_told_the_class_and_nothing_else(scale: str) -> No
             kept = {key: getattr(level.train, key) for key in ("keep_every", "checkpoint_every")}
             train = replace(own.train, num_steps=level.train.num_steps, **kept)
             assert level == replace(own, train=train) and train.num_steps < own.train.num_steps
+
+
+@scales
+@pytest.mark.parametrize(
+    ("name", "differ"),
+    [
+        *[(f"l2_noise{percent}", ("levels.2.condition_noise",)) for percent in (0, 50, 100)],
+        ("l2_untrained", ("encoder.weights",)),
+        ("l2_code", ("encoder.",)),
+        ("l2_vector", ("levels.2.grid", "levels.2.channels")),
+    ],
+)
+def test_variants_differ_from_two_levels_in_one_thing(scale: str, name: str, differ: tuple[str, ...]) -> None:
+    """And in the steps that equal FLOPs leave them, where their networks are of another size."""
+    two, other = settings(arm(scale, "l2")), settings(arm(scale, name))
+    steps = (".num_steps", ".keep_every", ".checkpoint_every")
+    changed = {key for key in two if two[key] != other[key] and key != "name" and not key.endswith(steps)}
+    assert all(any(key.startswith(what) for key in changed) for what in differ)
+    assert all(key.startswith(differ) for key in changed)
+
+
+@scales
+def test_an_autoencoders_code_is_folded_to_the_grid_of_its_level(scale: str) -> None:
+    config = arm(scale, "l2_code")
+    _, side, _ = config.latent_shape(1)
+    assert side == config.encoder.fold * config.level(2).grid
+
+
+@scales
+def test_condition_noise_is_of_level_1_alone(scale: str) -> None:
+    """Level 2 is trained once for all of the grid."""
+    two, noised = Experiment(arm(scale, "l2")), Experiment(arm(scale, "l2_noise100"))
+    first, second = Ref("denoiser", 1), Ref("denoiser", 2)
+    assert two.config_hash(second) == noised.config_hash(second)
+    assert two.config_hash(first) != noised.config_hash(first)
+
+
+@scales
+def test_a_fourth_level_keeps_level_1(scale: str) -> None:
+    three, four = arm(scale, "l3"), arm(scale, "l4")
+    assert Experiment(three).config_hash(Ref("denoiser", 1)) == Experiment(four).config_hash(Ref("denoiser", 1))
+    assert four.num_levels == 4 and four.level(4).grid == three.level(3).grid == 1
 
 
 @scales

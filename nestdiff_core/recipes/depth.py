@@ -12,7 +12,8 @@ pixels are for level 1 alone.
 Each arm also comes sampled with guidance of a weight that a sweep chose: by what a level makes of its condition
 (`_guided`, which l1 has not), and by its own average after about a quarter of its training (`_autoguided`); and l1 with
 more contrast, since a judge may take contrast for quality. With `_class` every level is told the image's class as well,
-which l1 can then be guided by.
+which l1 can then be guided by. VARIANTS change one thing of l2 or l3: the noise on z_2 as a condition, what z_2 is made
+of, one more level.
 """
 
 from __future__ import annotations
@@ -39,9 +40,13 @@ from nestdiff_core.config import (
     UViTConfig,
 )
 
-SHARES = {1: (1.0,), 2: (0.8, 0.2), 3: (0.8, 0.15, 0.05)}  # of an arm's FLOPs, from level 1 up
+SHARES = {1: (1.0,), 2: (0.8, 0.2), 3: (0.8, 0.15, 0.05), 4: (0.8, 0.12, 0.05, 0.03)}  # of an arm's FLOPs
+ABOVE = {1: (), 2: ((4, 16),), 3: ((4, 16), (1, 32)), 4: ((4, 16), (2, 24), (1, 32))}  # grid, channels of z_2, z_3 ..
+VECTOR = ((1, 64),)  # z_2 as one vector, which RCG has; as long as the narrowest network can carry
+VECTOR_SHARES = (0.95, 0.05)  # its network is as small as that of z_3
 GUIDANCE = (0.0, 0.5, 1.0, 2.0, 4.0)  # the weights that a guided arm's sweep tries
 CONTRAST = 1.2
+NOISE = (0.0, 0.5, 1.0)  # on z_2 as a condition, beside the .25 of all other arms: the grid of the second version
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Macs:
     """Multiply-accumulates of each denoiser for an image, in millions (a test holds them to count_macs).
 
     one: without conditions. first: level 1, told of level 2. second, top_second: level 2, told of level 3 or of
-    nothing. third: level 3.
+    nothing. third: level 3, told of nothing. four, vector: of all levels of L = 4, and of L = 2 with one vector.
     """
 
     one: float
@@ -58,12 +63,16 @@ class Macs:
     second: float
     top_second: float
     third: float
+    four: tuple[float, ...] = ()
+    vector: tuple[float, ...] = ()
 
-    def of(self, depth: int, star: bool) -> tuple[float, ...]:
+    def of(self, depth: int, star: bool = False, vector: bool = False) -> tuple[float, ...]:
         """From level 1 up."""
-        if depth == 1:
-            return (self.star if star else self.one,)
-        return (self.first, self.top_second) if depth == 2 else (self.first, self.second, self.third)
+        if vector:
+            return self.vector
+        one = (self.star if star else self.one,)
+        two, three = (self.first, self.top_second), (self.first, self.second, self.third)
+        return {1: one, 2: two, 3: three, 4: self.four}[depth]
 
 
 @dataclass(frozen=True)
@@ -148,7 +157,16 @@ CIFAR10_16PX = Scale(
     star=_model(80, 6, 2),
     above=_model(64, 4, 2),
     tflops=100.0,
-    macs=Macs(one=27.846, star=42.295, first=35.349, second=6.4109, top_second=4.6742, third=0.53094),
+    macs=Macs(
+        one=27.846,
+        star=42.295,
+        first=35.349,
+        second=6.4109,
+        top_second=4.6742,
+        third=0.53094,
+        four=(35.349, 6.4334, 1.7404, 0.53094),
+        vector=(36.599, 0.53504),
+    ),
     class_macs=Macs(one=28.332, star=43.018, first=35.934, second=6.7610, top_second=4.9587, third=0.79629),
     train=_TRAIN,
     batch_above=128,
@@ -170,7 +188,16 @@ CIFAR10_32PX = Scale(
     star=_model(304, 12, 4),
     above=_model(256, 12, 4),
     tflops=25_000.0,
-    macs=Macs(one=3270.8, star=4514.1, first=4231.3, second=252.27, top_second=189.23, third=22.063),
+    macs=Macs(
+        one=3270.8,
+        star=4514.1,
+        first=4231.3,
+        second=252.27,
+        top_second=189.23,
+        third=22.063,
+        four=(4231.3, 252.36, 72.076, 22.063),
+        vector=(4230.2, 22.079),
+    ),
     class_macs=Macs(one=3285.2, star=4533.7, first=4248.9, second=266.66, top_second=200.47, third=33.106),
     train=replace(_TRAIN, batch_size=128, lr=3e-3, compile=True),
     batch_above=256,
@@ -192,7 +219,16 @@ TINYIMAGENET20 = replace(
     one=_model(128, 6, 4),
     star=_model(160, 6, 4),
     above=_model(128, 4, 4),
-    macs=Macs(one=103.942, star=159.879, first=133.826, second=25.143, top_second=18.261, third=2.1105),
+    macs=Macs(
+        one=103.942,
+        star=159.879,
+        first=133.826,
+        second=25.143,
+        top_second=18.261,
+        third=2.1105,
+        four=(133.826, 25.187, 6.8887, 2.1105),
+        vector=(138.946, 2.1187),
+    ),
     class_macs=Macs(one=105.651, star=162.477, first=135.929, second=26.498, top_second=19.355, third=3.1654),
     train=replace(_TRAIN, noise_levels=()),  # no better at any N(mean, 1.4) of three (LOG.md)
     autoencoder=AutoencoderConfig(kind="taef2", weights="data/taef2"),
@@ -208,17 +244,22 @@ def arm(
     guide: Literal["none", "null", "own"] = "none",
     classes: bool = False,
     contrast: float = 1.0,
+    noise: float = 0.25,
+    vector: bool = False,
+    encoder: EncoderConfig | None = None,
 ) -> ExperimentConfig:
     """One arm of the table; see the module's docstring. star: the enlarged network of depth 1. guide: what guidance
-    contrasts with: nothing, the level told nothing, or its own early average."""
-    levels = _levels(scale, scale.class_macs if classes else scale.macs, depth, star)
+    contrasts with: nothing, the level told nothing, or its own early average. noise: on z_2 as a condition. encoder:
+    what the levels above 1 are made of."""
+    macs = (scale.class_macs if classes else scale.macs).of(depth, star, vector)
+    levels = _levels(scale, macs, VECTOR if vector else ABOVE[depth], star, noise)
     if guide == "own":
         levels = tuple(replace(level, guide_step=_quarter(level.train)) for level in levels)
     guided = guide != "none"
     return ExperimentConfig(
         images=ImagesConfig(source="webdataset", path=scale.images, resolution=scale.resolution, labels=True),
         autoencoder=scale.autoencoder,
-        encoder=EncoderConfig(kind="torchvision", name="squeezenet1_0", weights="hub", input_size=scale.encoder_size),
+        encoder=encoder or squeezenet(scale),
         levels=levels,
         conditioning=ConditioningConfig(levels="markov", injection="fusion", labels="class" if classes else "none"),
         diffusion=DiffusionConfig(prediction="v"),
@@ -257,16 +298,29 @@ def judges(folder: str, scale: Scale) -> tuple[JudgeConfig, ...]:
     )
 
 
-def _levels(scale: Scale, macs: Macs, depth: int, star: bool) -> tuple[LevelConfig, ...]:
-    models = (scale.star if star else scale.one, scale.above, scale.above)
-    plain = (
-        LevelConfig(level=1, patch_size=scale.patch_size),
-        LevelConfig(level=2, grid=4, channels=16, condition_noise=0.25),
-        LevelConfig(level=3, grid=1, channels=32, condition_noise=0.25),
-    )
+def squeezenet(scale: Scale, weights: str = "hub") -> EncoderConfig:
+    return EncoderConfig(kind="torchvision", name="squeezenet1_0", weights=weights, input_size=scale.encoder_size)
+
+
+def _code(scale: Scale) -> EncoderConfig:
+    """z_1 itself, the paper's control, folded to the grid of z_2."""
+    _, side, _ = scale.autoencoder.latent_shape(3, scale.resolution)
+    (grid, _), *_ = ABOVE[2]
+    return EncoderConfig(kind="autoencoder", fold=side // grid)
+
+
+def _levels(
+    scale: Scale, macs: tuple[float, ...], above: tuple[tuple[int, int], ...], star: bool, noise: float
+) -> tuple[LevelConfig, ...]:
+    """macs: of each level. above: grid and channels of the levels from 2 up. noise: on z_2 as a condition."""
+    plain = [LevelConfig(level=1, patch_size=scale.patch_size, model=scale.star if star else scale.one)]
+    for level, (grid, channels) in enumerate(above, start=2):
+        noised = noise if level == 2 else 0.25
+        plain.append(LevelConfig(level=level, grid=grid, channels=channels, condition_noise=noised, model=scale.above))
+    shares = VECTOR_SHARES if above == VECTOR else SHARES[len(plain)]
     return tuple(
-        replace(level, model=model, train=scale.train_of(level.level, count, share))
-        for level, model, count, share in zip(plain, models, macs.of(depth, star), SHARES[depth], strict=False)
+        replace(level, train=scale.train_of(level.level, count, share))
+        for level, count, share in zip(plain, macs, shares, strict=True)
     )
 
 
@@ -290,12 +344,20 @@ ARMS: dict[str, Callable[[Scale], ExperimentConfig]] = {
 }
 CLASS_ARMS: dict[str, Callable[[Scale], ExperimentConfig]] = {
     f"l{depth}_class{ending}": make
-    for depth in SHARES
+    for depth in (1, 2, 3)
     for ending, make in (
         ("", partial(arm, depth=depth, classes=True)),
         ("_guided", partial(arm, depth=depth, classes=True, guide="null")),
     )
 }
+VARIANTS: dict[str, Callable[[Scale], ExperimentConfig]] = {
+    **{f"l2_noise{round(100 * sigma)}": partial(arm, depth=2, noise=sigma) for sigma in NOISE},
+    "l2_vector": partial(arm, depth=2, vector=True),
+    "l2_untrained": lambda scale: arm(scale, 2, encoder=squeezenet(scale, "random")),
+    "l2_code": lambda scale: arm(scale, 2, encoder=_code(scale)),
+    "l4": partial(arm, depth=4),
+}
+EVERY = ARMS | CLASS_ARMS | VARIANTS
 
 
 def _recipe(name: str, make: Callable[[Scale], ExperimentConfig], scale: Scale) -> ExperimentConfig:
@@ -305,5 +367,5 @@ def _recipe(name: str, make: Callable[[Scale], ExperimentConfig], scale: Scale) 
 RECIPES = {
     (name := f"{scale.name}_{short}"): partial(_recipe, name, make, scale)
     for scale in SCALES.values()
-    for short, make in (ARMS | CLASS_ARMS).items()
+    for short, make in EVERY.items()
 }
