@@ -110,6 +110,7 @@ def _dry_run(config: ExperimentConfig, level: int, device: str, processes: int) 
     import torch
 
     from nestdiff_core.devices import choose_device
+    from nestdiff_core.models.nested import LatentTokens
     from nestdiff_core.training.estimate import estimate
 
     plain, own = to_dict(config), config.level(level)
@@ -120,8 +121,11 @@ def _dry_run(config: ExperimentConfig, level: int, device: str, processes: int) 
     found = estimate(config, level, device=torch.device(device), processes=processes, num_classes=classes)
     shapes = {f"z_{m}": config.latent_shape(m) for m in (*config.levels_above(level), level)}
     seconds = found.seconds_per_step * own.train.num_steps
+    images = own.train.num_steps * own.train.batch_size
+    tokens = LatentTokens(shapes[f"z_{level}"], own.patch_size).num_tokens
     print("reads           " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
     print(f"network         {found.parameters / 1e6:.2f} M parameters, {found.macs / 1e9:.3f} GMACs an image")
+    print(f"sees            {images:,} images of {tokens} tokens: {images * tokens / found.parameters:.1f} a parameter")
     print(f"a step          {found.seconds_per_step:.3f} s on {device}, {own.train.batch_size} images")
     print(f"all {own.train.num_steps} steps  {duration(seconds)}, {processes} process(es)")
     print(f"memory          {found.memory / 2**30:.2f} GiB in each process")

@@ -61,5 +61,7 @@ def test_dry_run_says_it_and_leaves_nothing(
     assert main(["train", "toy", "--level", "1", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "num_steps: 20" in said and "z_1 (1, 8, 8)" in said and "all 20 steps  about " in said and "GiB" in said
+    parameters = estimate(toy(), 1, device=torch.device("cpu"), num_steps=1).parameters
+    assert f"640 images of 16 tokens: {640 * 16 / parameters:.1f} a parameter" in said  # 20 steps of 32, patches of 2x2
     assert not (tmp_path / "home").exists()
     assert main(["train", "toy", "--level", "3", "--dry-run"]) == 2
