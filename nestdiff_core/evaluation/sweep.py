@@ -200,19 +200,35 @@ def short_table(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def verdict(record: Mapping[str, Any]) -> str:
-    """A sentence: what was chosen, and whether it beats the configured setting by more than noise."""
+    """What was chosen, whether it beats the configured setting by more than noise, and which other distances would have
+    chosen otherwise, by more than noise."""
     found, metric = record["short_list"], record["metric"]
     chosen, before = found[record["chosen"]], found[0]
     value, old = chosen["metrics"][metric], before["metrics"][metric]
     if chosen is before:
-        return f"{metric}: the configured setting is the best of {len(found)} ({value:.4g}); it stays."
-    apart = old - value
-    sure = "more than" if apart > 2 * record["noise"] else "not more than"
-    return (
-        f"{metric}: {chosen['name']} has {value:.4g} where the configured setting has {old:.4g} "
-        f"({record['num_images']:,} images each, against {record['num_reference']:,} of the {record['reference']} "
-        f"split); the difference of {apart:.3g} is {sure} twice what noise makes ({record['noise']:.3g})."
-    )
+        said = f"{metric}: the configured setting is the best of {len(found)} ({value:.4g}); it stays."
+    else:
+        apart = old - value
+        sure = "more than" if apart > 2 * record["noise"] else "not more than"
+        said = (
+            f"{metric}: {chosen['name']} has {value:.4g} where the configured setting has {old:.4g} "
+            f"({record['num_images']:,} images each, against {record['num_reference']:,} of the {record['reference']} "
+            f"split); the difference of {apart:.3g} is {sure} twice what noise makes ({record['noise']:.3g})."
+        )
+    return " ".join([said, *_others_prefer(record)])
+
+
+def _others_prefer(record: Mapping[str, Any]) -> list[str]:
+    """A sentence for each distance that did not choose, and that another setting makes smaller by more than noise."""
+    rows, chosen = record["short_list"], record["chosen"]
+    said = []
+    for name in rows[chosen]["halves"]:
+        values = [row["metrics"][name] for row in rows]
+        other = best([{"passes": row["passes"], **row["metrics"]} for row in rows], name)
+        noise = noise_of_differences([row["halves"][name] for row in rows], chosen)
+        if name != record["metric"] and values[chosen] - values[other] > 2 * noise:
+            said.append(f"{name} prefers another, {rows[other]['name']}: {values[other]:.4g} for {values[chosen]:.4g}.")
+    return said
 
 
 def sweep_plots(record: Mapping[str, Any]) -> dict[str, bytes]:

@@ -6,6 +6,7 @@ import importlib
 import io
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -179,6 +180,31 @@ def test_plot_is_a_small_repeatable_png() -> None:
 # --- the stage ----------------------------------------------------------------------------------------------------
 
 SWEEP = SweepConfig(guidance=(0.0, 1.0), num_evaluations=(2, 4), decays=True, num_images=40, short_list=3)
+
+
+def judged(classifier: Sequence[float], moco: Sequence[float], spread: float) -> dict[str, Any]:
+    """The record of a short list whose settings have these distances; each half is `spread` off, in turn."""
+    rows = [
+        {
+            "name": f"number {i}",
+            "passes": i,
+            "metrics": {"fd_classifier": c, "fd_moco": m},
+            "halves": {"fd_classifier": [c, c], "fd_moco": [m + spread * (-1) ** i, m]},
+        }
+        for i, (c, m) in enumerate(zip(classifier, moco, strict=True))
+    ]
+    chosen = int(np.argmin(classifier))
+    counts = {"num_images": 1000, "num_reference": 1000, "reference": "train"}
+    return {"short_list": rows, "chosen": chosen, "metric": "fd_classifier", "noise": 0.0, **counts}
+
+
+def test_the_verdict_names_distances_that_prefer_another_setting() -> None:
+    """Beyond noise: with halves that far apart the same difference says nothing."""
+    classifier, moco = [0.09, 0.08, 0.07], [0.30, 0.20, 0.40]
+    assert "fd_moco prefers another, number 1: 0.2 for 0.4." in verdict(judged(classifier, moco, spread=0.01))
+    assert "prefers" not in verdict(judged(classifier, moco, spread=0.4))
+    assert "prefers" not in verdict(judged(classifier, [0.3, 0.2, 0.1], spread=0.01))
+    assert "it stays. fd_moco prefers another" in verdict(judged([0.07, 0.08, 0.09], [0.4, 0.2, 0.3], spread=0.01))
 
 
 @pytest.fixture(scope="module")
