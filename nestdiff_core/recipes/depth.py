@@ -40,7 +40,7 @@ from nestdiff_core.config import (
     UViTConfig,
 )
 
-SHARES = {1: (1.0,), 2: (0.8, 0.2), 3: (0.8, 0.15, 0.05), 4: (0.8, 0.12, 0.05, 0.03)}  # of an arm's FLOPs
+SHARES = {1: (1.0,), 2: (0.8, 0.2), 3: (0.8, 0.15, 0.05), 4: (0.8, 0.12, 0.05, 0.03)}  # from level 1 up
 ABOVE = {1: (), 2: ((4, 16),), 3: ((4, 16), (1, 32)), 4: ((4, 16), (2, 24), (1, 32))}  # grid, channels of z_2, z_3 ..
 VECTOR = ((1, 64),)  # z_2 as one vector, which RCG has; as long as the narrowest network can carry
 VECTOR_SHARES = (0.95, 0.05)  # its network is as small as that of z_3
