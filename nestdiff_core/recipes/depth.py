@@ -66,7 +66,7 @@ class Macs:
     four: tuple[float, ...] = ()
     vector: tuple[float, ...] = ()
 
-    def of(self, depth: int, star: bool = False, vector: bool = False) -> tuple[float, ...]:
+    def of(self, depth: int, star: bool, vector: bool) -> tuple[float, ...]:
         """From level 1 up."""
         if vector:
             return self.vector

@@ -199,7 +199,7 @@ def judged(classifier: Sequence[float], moco: Sequence[float], spread: float) ->
 
 
 def test_the_verdict_names_distances_that_prefer_another_setting() -> None:
-    """Beyond noise: with halves that far apart the same difference says nothing."""
+    """Beyond noise: where halves disagree as much, the same difference says nothing."""
     classifier, moco = [0.09, 0.08, 0.07], [0.30, 0.20, 0.40]
     assert "fd_moco prefers another, number 1: 0.2 for 0.4." in verdict(judged(classifier, moco, spread=0.01))
     assert "prefers" not in verdict(judged(classifier, moco, spread=0.4))
