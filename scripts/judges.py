@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nestdiff_core import loading, stages
 from nestdiff_core.artifacts import open_artifact, writing
-from nestdiff_core.config import EncoderConfig, ExperimentConfig, ImagesConfig, LevelConfig, MoCoConfig, ViTConfig
+from nestdiff_core.config import EncoderConfig, ExperimentConfig, LevelConfig, MoCoConfig
 from nestdiff_core.config_io import to_dict
 from nestdiff_core.devices import choose_device
 from nestdiff_core.encoders import build_encoder
@@ -40,30 +40,12 @@ from nestdiff_core.files import is_sealed, read_json, replacing, sha256_file, wr
 from nestdiff_core.images.index import ImageIndex
 from nestdiff_core.progress import Progress, TerminalProgress, duration
 from nestdiff_core.recipes import load_experiment
+from nestdiff_core.recipes.depth import small_moco
 
 logger = logging.getLogger("nestdiff")
 CLASSIFIER, MOCO = "classifier", "moco"
 FILE, RECORD = f"{CLASSIFIER}.safetensors", "judges.json"
 DECIDING = {CLASSIFIER: ("kind", "name", "layer", "input_size"), MOCO: ("kind", "input_size", "vit", "moco")}
-
-
-def moco_config(images: ImagesConfig, *, num_steps: int, flip: bool, seed: int) -> EncoderConfig:
-    """A small ViT of 16 tokens, of which one CPU core learns from about 250 images a second."""
-    return EncoderConfig(
-        kind="moco",
-        input_size=images.resolution,
-        vit=ViTConfig(patch_size=max(1, images.resolution // 4), width=128, depth=4, num_heads=4),
-        moco=MoCoConfig(
-            num_steps=num_steps,
-            lr=1.5e-3,
-            warmup_steps=max(1, num_steps // 10),
-            projection_dim=128,
-            hidden_dim=512,
-            min_crop_scale=0.3,
-            horizontal_flip=flip,
-            seed=seed,
-        ),
-    )
 
 
 def cost_of_a_step(train: Callable[[int, Progress], object]) -> tuple[float, float]:
@@ -161,7 +143,7 @@ def make_judges(arguments: argparse.Namespace, progress: Progress) -> dict[str, 
         seed=arguments.seed,
     )
     steps = -(-arguments.moco_epochs * num_train // MoCoConfig.batch_size)
-    moco = moco_config(x.config.images, num_steps=steps, flip=flip, seed=arguments.seed)
+    moco = small_moco(index.resolution, num_steps=steps, flip=flip, seed=arguments.seed)
     # Only images and encoder matter: levels of the experiment's own might ask more of its features than it has.
     own = ExperimentConfig(images=x.config.images, encoder=moco, levels=(LevelConfig(patch_size=1),))
     record: dict[str, Any] = read_json(out / RECORD) if (out / RECORD).is_file() else {}

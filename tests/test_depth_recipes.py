@@ -13,10 +13,11 @@ from nestdiff_core.experiment import Experiment, Ref
 from nestdiff_core.models.nested import build_denoiser, count_macs
 from nestdiff_core.recipes import RECIPES
 from nestdiff_core.recipes.depth import SCALES
+from scripts.reproduce import JUDGES_SEED
 
 ARMS = ("l1", "l1_star", "l2", "l3")
 CLASS_ARMS = ("l1_class", "l2_class", "l3_class")
-VARIANTS = ("l2_noise0", "l2_noise50", "l2_noise100", "l2_vector", "l2_untrained", "l2_code", "l4")
+VARIANTS = ("l2_noise0", "l2_noise50", "l2_noise100", "l2_vector", "l2_moco", "l2_untrained", "l2_code", "l4")
 GUIDED = [(name, f"{name}_guided") for name in ARMS if name not in ("l1", "l1_star")]
 GUIDED += [(name, f"{name}_autoguided") for name in ARMS]
 scales = pytest.mark.parametrize("scale", SCALES)
@@ -102,6 +103,7 @@ def test_arms_with_classes_are_told_the_class_and_nothing_else(scale: str) -> No
         *[(f"l2_noise{percent}", ("levels.2.condition_noise",)) for percent in (0, 50, 100)],
         ("l2_untrained", ("encoder.weights",)),
         ("l2_code", ("encoder.",)),
+        ("l2_moco", ("encoder.",)),
         ("l2_vector", ("levels.2.grid", "levels.2.channels")),
     ],
 )
@@ -119,6 +121,15 @@ def test_an_autoencoders_code_is_folded_to_the_grid_of_its_level(scale: str) -> 
     config = arm(scale, "l2_code")
     _, side, _ = config.latent_shape(1)
     assert side == config.encoder.fold * config.level(2).grid
+
+
+@scales
+def test_an_encoder_of_the_images_own_is_none_of_the_judges(scale: str) -> None:
+    """It has as many tokens as its level; its start and the views that it learns from are its own."""
+    config = arm(scale, "l2_moco")
+    encoder = config.encoder
+    assert encoder.input_size == config.images.resolution == config.level(2).grid * encoder.vit.patch_size
+    assert encoder.moco.seed != JUDGES_SEED
 
 
 @scales

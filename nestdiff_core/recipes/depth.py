@@ -34,10 +34,12 @@ from nestdiff_core.config import (
     JudgeConfig,
     LadderConfig,
     LevelConfig,
+    MoCoConfig,
     SamplingConfig,
     SweepConfig,
     TrainConfig,
     UViTConfig,
+    ViTConfig,
 )
 
 SHARES = {1: (1.0,), 2: (0.8, 0.2), 3: (0.8, 0.15, 0.05), 4: (0.8, 0.12, 0.05, 0.03)}  # from level 1 up
@@ -80,7 +82,8 @@ class Scale:
     """What one table is measured at; numbers of two scales are never compared.
 
     encoder_size: side in pixels at which SqueezeNet sees an image. judge_size, judge_epochs: the same of the classifier
-    that judges, and how long it is trained; moco_epochs: how long the other judge is.
+    that judges, and how long it is trained; moco_epochs: how long the other judge is,
+    and the encoder of l2_moco; num_train: images that both learn from.
     tflops: training of an arm. batch_above: of the levels above 1, whose images are fewer tokens.
     """
 
@@ -92,6 +95,7 @@ class Scale:
     judge_size: int
     judge_epochs: int
     moco_epochs: int
+    num_train: int
     patch_size: int
     one: UViTConfig
     star: UViTConfig
@@ -152,6 +156,7 @@ CIFAR10_16PX = Scale(
     judge_size=32,
     judge_epochs=8,
     moco_epochs=12,
+    num_train=50_000,
     patch_size=2,
     one=_model(64, 6, 2),
     star=_model(80, 6, 2),
@@ -183,6 +188,7 @@ CIFAR10_32PX = Scale(
     judge_size=64,
     judge_epochs=30,
     moco_epochs=100,
+    num_train=50_000,
     patch_size=2,
     one=_model(256, 12, 4),
     star=_model(304, 12, 4),
@@ -215,6 +221,7 @@ TINYIMAGENET20 = replace(
     judge_size=64,
     judge_epochs=15,
     moco_epochs=30,
+    num_train=10_000,
     patch_size=1,
     one=_model(128, 6, 4),
     star=_model(160, 6, 4),
@@ -302,6 +309,31 @@ def squeezenet(scale: Scale, weights: str = "hub") -> EncoderConfig:
     return EncoderConfig(kind="torchvision", name="squeezenet1_0", weights=weights, input_size=scale.encoder_size)
 
 
+def small_moco(resolution: int, *, num_steps: int, flip: bool, seed: int) -> EncoderConfig:
+    """MoCo v3 of a ViT of 16 tokens: one CPU core learns from about 250 images a second. flip: mirror images."""
+    return EncoderConfig(
+        kind="moco",
+        input_size=resolution,
+        vit=ViTConfig(patch_size=max(1, resolution // 4), width=128, depth=4, num_heads=4),
+        moco=MoCoConfig(
+            num_steps=num_steps,
+            lr=1.5e-3,
+            warmup_steps=max(1, num_steps // 10),
+            projection_dim=128,
+            hidden_dim=512,
+            min_crop_scale=0.3,
+            horizontal_flip=flip,
+            seed=seed,
+        ),
+    )
+
+
+def _moco(scale: Scale) -> EncoderConfig:
+    """As the judge of that name, of another seed: l2_moco is judged by the classifier alone."""
+    num_steps = -(-scale.moco_epochs * scale.num_train // MoCoConfig.batch_size)
+    return small_moco(scale.resolution, num_steps=num_steps, flip=True, seed=0)
+
+
 def _code(scale: Scale) -> EncoderConfig:
     """z_1 itself, the paper's control, folded to the grid of z_2."""
     _, side, _ = scale.autoencoder.latent_shape(3, scale.resolution)
@@ -353,6 +385,7 @@ CLASS_ARMS: dict[str, Callable[[Scale], ExperimentConfig]] = {
 VARIANTS: dict[str, Callable[[Scale], ExperimentConfig]] = {
     **{f"l2_noise{round(100 * sigma)}": partial(arm, depth=2, noise=sigma) for sigma in NOISE},
     "l2_vector": partial(arm, depth=2, vector=True),
+    "l2_moco": lambda scale: arm(scale, 2, encoder=_moco(scale)),
     "l2_untrained": lambda scale: arm(scale, 2, encoder=squeezenet(scale, "random")),
     "l2_code": lambda scale: arm(scale, 2, encoder=_code(scale)),
     "l4": partial(arm, depth=4),
