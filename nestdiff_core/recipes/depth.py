@@ -82,9 +82,9 @@ class Scale:
     """What one table is measured at; numbers of two scales are never compared.
 
     encoder_size: side in pixels at which SqueezeNet sees an image. judge_size, judge_epochs: the same of the classifier
-    that judges, and how long it is trained; moco_epochs: how long the other judge is,
-    and the encoder of l2_moco; num_train: images that both learn from.
-    tflops: training of an arm. batch_above: of the levels above 1, whose images are fewer tokens.
+    that judges, and how long it is trained; moco_epochs: how long the other judge is, and the encoder of l2_moco;
+    num_train: images that both learn from. tflops: training of an arm. batch_above: of the levels above 1, whose images
+    are fewer tokens.
     """
 
     name: str
